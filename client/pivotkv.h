@@ -1,0 +1,157 @@
+/* pivotkv: the client library of the KV-cache service for very long contexts.
+ *
+ * Attach to a daemon, open a model, create sequences, append K and V layer by layer, attend over the tokens that a
+ * Hamming search selects. Functions return 0 or a negative errno; pkv_error() has the sentence (cause and remedy) of the
+ * last failure of that connection. A connection and all that hangs on it belong to one thread at a time; a process may
+ * hold several. Arrays are dense, row-major, and read or written only during the call. Every wait is bounded
+ * (pkv_options.timeout_ms). */
+#ifndef PIVOTKV_H
+#define PIVOTKV_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#ifndef PKV_API
+#define PKV_API __attribute__((visibility("default")))
+#endif
+
+struct pkv;       /* a connection to a daemon */
+struct pkv_model; /* geometry and signature scheme, opened on a connection */
+struct pkv_seq;   /* one context's cache */
+
+enum pkv_type { PKV_TYPE_F32 = 0, PKV_TYPE_F16 = 1, PKV_TYPE_BF16 = 2 };
+enum pkv_signature { PKV_SIGN = 0, PKV_CODE = 1, PKV_LINEAR = 2, PKV_HASH = 3 };
+enum pkv_group_rule { PKV_SOFTMAX_SUM = 0, PKV_SUM = 1, PKV_MAX_SCORE = 2 };
+
+/* ---- connection ---- */
+
+#define PKV_CONNECT_SERVED 1u /* map neither pool nor arena: rows come and go through the shared region */
+
+struct pkv_options {
+    uint32_t size;        /* sizeof(struct pkv_options): lets the struct grow */
+    uint32_t flags;       /* PKV_CONNECT_* */
+    const char *tenant;   /* at most 31 bytes; NULL: "default" */
+    const char *label;    /* shown by `pivotkv stat`; NULL: the program's name */
+    uint32_t threads;     /* of the host backend; 0: one per CPU */
+    uint32_t timeout_ms;  /* bound of every wait; 0: 10000 */
+    uint32_t spin_us;     /* spin for answers this long before sleeping; 0: 50 */
+    uint32_t reserved;
+    uint64_t data_bytes;  /* of the shared region's data area, a multiple of 4096; 0: 64 MiB */
+    const char *backend;  /* "host"; NULL: the best there is */
+    const char *isa;      /* host backend: "c", "avx2", "avx512"; NULL: the best */
+};
+
+/* `path`: the daemon's socket; NULL: $PIVOTKV_SOCKET, then the default path of this user. `options` may be NULL.
+ * -ECONNREFUSED no daemon, -ENAMETOOLONG path, -EPERM another user's socket, -EPROTO version or features, -EUSERS full. */
+PKV_API int pkv_connect(const char *path, const struct pkv_options *options, struct pkv **ret);
+/* Closes all that hangs on the connection. NULL is allowed. */
+PKV_API void pkv_close(struct pkv *kv);
+/* The sentence of the last failure; with NULL, of the last failed pkv_connect of this thread. Never NULL. */
+PKV_API const char *pkv_error(const struct pkv *kv);
+/* One round trip through the rings; *ret_ns how long it took (may be NULL). */
+PKV_API int pkv_ping(struct pkv *kv, uint64_t *ret_ns);
+PKV_API const char *pkv_version(void);
+
+/* ---- model ---- */
+
+struct pkv_model_desc {
+    uint32_t size;        /* sizeof(struct pkv_model_desc) */
+    uint32_t layers, q_heads, kv_heads, head_dim;
+    uint32_t type;        /* enum pkv_type, of K, V and q */
+    uint32_t signature;   /* enum pkv_signature */
+    uint32_t sig_bits;    /* 32..256, a multiple of 32; 0: one per head dimension, rounded up to 32 */
+    const char *name;     /* at most 63 bytes; the identity of the weights that make K and V */
+    const char *weights;  /* safetensors file of the scheme, or NULL */
+    float rope_base;      /* 0: no rope */
+    uint32_t rope_dims;   /* 0: head_dim */
+    uint32_t rope_interleaved;
+};
+
+/* -ENOTUNIQ: the name is registered with another description. */
+PKV_API int pkv_model_open(struct pkv *kv, const struct pkv_model_desc *desc, struct pkv_model **ret);
+/* Sequences of the model must be closed first: -EBUSY. */
+PKV_API int pkv_model_close(struct pkv_model *model);
+
+/* ---- sequence ---- */
+
+#define PKV_PERSISTENT 1u /* survives its worker: its sealed blocks stay until pkv_seq_destroy */
+
+PKV_API int pkv_seq_create(struct pkv_model *model, uint32_t max_tokens, uint32_t flags, const char *label,
+                           struct pkv_seq **ret);
+/* By handle, of the same tenant. -ESTALE: gone; -ENOENT: not this tenant's. */
+PKV_API int pkv_seq_open(struct pkv_model *model, uint64_t handle, struct pkv_seq **ret);
+PKV_API int pkv_seq_close(struct pkv_seq *seq);   /* frees the cache, unless persistent or open elsewhere */
+PKV_API int pkv_seq_destroy(struct pkv_seq *seq); /* frees the cache; other holders get -ESTALE */
+PKV_API uint64_t pkv_seq_handle(const struct pkv_seq *seq);
+/* Tokens that every layer has. */
+PKV_API uint64_t pkv_seq_tokens(const struct pkv_seq *seq);
+/* A child with the parent's first `tokens` tokens; whole blocks are shared, the tail block is copied. */
+PKV_API int pkv_seq_fork(struct pkv_seq *seq, uint64_t tokens, uint32_t max_tokens, struct pkv_seq **ret);
+/* Forgets the tokens from `tokens` on, in all layers. */
+PKV_API int pkv_seq_truncate(struct pkv_seq *seq, uint64_t tokens);
+/* Room for `tokens` more tokens in every layer, so that the appends that follow do not wait. */
+PKV_API int pkv_seq_reserve(struct pkv_seq *seq, uint32_t tokens);
+
+/* ---- append ---- */
+
+/* K and V (after RoPE) of new tokens of one layer: k, v [tokens][kv_heads][head_dim] in the model's type. Layers grow
+ * independently; a call either appends all its tokens or none.
+ * -EOVERFLOW beyond max_tokens, -ENOSPC pool full, -ENOMEM arena full, -EDOM NaN or infinity. */
+PKV_API int pkv_append(struct pkv_seq *seq, uint32_t layer, uint32_t tokens, const void *k, const void *v);
+/* One token of each of `seqs` sequences: k, v [seqs][kv_heads][head_dim]. On failure, sequences before the failing one
+ * have grown: *ret_done of them (may be NULL). */
+PKV_API int pkv_append_batch(struct pkv_seq *const *seqs, uint32_t count, uint32_t layer, const void *k, const void *v,
+                             uint32_t *ret_done);
+
+/* ---- attend ---- */
+
+struct pkv_budget {
+    uint32_t size;        /* sizeof(struct pkv_budget) */
+    uint32_t k;           /* selected rows per query token and kv head, beside sinks and recent */
+    uint32_t sinks;       /* first tokens, always attended; usual 128 */
+    uint32_t recent;      /* last tokens, always attended; usual 128 */
+    float top_p;          /* 0: fixed k; else smallest k whose estimated mass reaches top_p, at most k */
+    float scale;          /* of the softmax; 0: 1 / sqrt(head_dim) */
+    uint32_t rule;        /* enum pkv_group_rule */
+    uint32_t dense;       /* 1: exact attention over all tokens; k, sinks, recent are ignored */
+    uint32_t dense_below; /* shorter sequences are attended densely */
+};
+
+/* What one call did. */
+struct pkv_explain {
+    uint64_t queries_dense, queries_sparse;
+    uint64_t tokens_seen, tokens_attended; /* times kv heads */
+    uint64_t rows_pool, rows_arena;
+    uint64_t sign_ns, scan_ns, select_ns, gather_ns, attend_ns;
+};
+
+/* Attention of one layer. q [tokens][q_heads][head_dim] in the model's type: the last `queries[i]` tokens of sequence i,
+ * sequence after sequence (causal: query j of n sees all but the last n - 1 - j tokens of its sequence).
+ * out [tokens][q_heads][head_dim] float, lse [tokens][q_heads] natural logarithm of the softmax sum (may be NULL);
+ * explain may be NULL. Direct and served connections give the same bits on the host backend.
+ * -EINVAL k of 0, -ERANGE k above a sequence's length (unless it is attended densely), -EDOM NaN or infinity in q. */
+PKV_API int pkv_attend(struct pkv_seq *const *seqs, const uint32_t *queries, uint32_t count, uint32_t layer,
+                       const void *q, const struct pkv_budget *budget, float *out, float *lse,
+                       struct pkv_explain *explain);
+
+/* The selection itself, of one sequence. All arrays are the caller's; rows_max = sinks + recent + k:
+ *   index [queries][kv_heads][rows_max] ascending token indices, count [queries][kv_heads],
+ *   score [queries][kv_heads][rows_max] (0 for sinks and recent; may be NULL),
+ *   rows [queries][kv_heads][rows_max][2][head_dim] K and V in the model's type (may be NULL). */
+PKV_API int pkv_select(struct pkv_seq *seq, uint32_t queries, uint32_t layer, const void *q,
+                       const struct pkv_budget *budget, uint32_t *index, uint32_t *count, uint16_t *score, void *rows);
+
+/* What the selection costs: exact attention beside it. Means over the queries and q heads given.
+ *   *ret_mass softmax probability covered, *ret_error norm(out - exact) / norm(exact). Added to the worker's counters. */
+PKV_API int pkv_audit(struct pkv_seq *seq, uint32_t queries, uint32_t layer, const void *q,
+                      const struct pkv_budget *budget, double *ret_mass, double *ret_error);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

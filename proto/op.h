@@ -1,0 +1,74 @@
+/* X-macros of operations and counters: the enum, the name, the payload, the statistics and the documentation all come
+ * from one row each. */
+#ifndef PROTO_OP_H
+#define PROTO_OP_H
+
+#include "proto/base.h"
+
+/* X(NAME, name, payload struct, help): operations that travel through a worker's ring. */
+#define PKV_OPS(X)                                                                                                   \
+    X(NOP, nop, pkv_op_nop, "answers at once; measures the round trip")                                              \
+    X(SEQ_CREATE, seq_create, pkv_op_create, "a new sequence; value0 handle, value1 offset of its block table")      \
+    X(SEQ_OPEN, seq_open, pkv_op_open, "open an existing sequence; value0 tokens, value1 offset of its block table") \
+    X(SEQ_CLOSE, seq_close, pkv_op_nop, "close; an unshared sequence that is not persistent is freed")               \
+    X(SEQ_DESTROY, seq_destroy, pkv_op_nop, "free a sequence, whoever has it open")                                  \
+    X(FORK, fork, pkv_op_fork, "a child that shares whole blocks; value0 handle, value1 table offset")               \
+    X(TRUNCATE, truncate, pkv_op_truncate, "drop the tokens from `tokens` on")                                       \
+    X(GRANT, grant, pkv_op_grant, "places for blocks up to `tokens`; they appear in the block table")                \
+    X(SEAL, seal, pkv_op_seal, "blocks are full: copy them home")                                                    \
+    X(APPEND, append, pkv_op_append, "served mode: rows and signatures from the data area")                          \
+    X(SELECT, select, pkv_op_select, "served mode: select and gather into the data area")                            \
+    X(READ, read, pkv_op_read, "served mode: whole blocks into the data area")
+
+enum pkv_op {
+#define PKV_OP_ENUM(NAME, name, payload, help) PKV_OP_##NAME,
+    PKV_OPS(PKV_OP_ENUM)
+#undef PKV_OP_ENUM
+        PKV_OP_COUNT
+};
+
+/* X(name, unit, help): counters that a worker keeps in its region and the daemon sums up. They only grow. */
+#define PKV_WORKER_COUNTERS(X)                                                                     \
+    X(append_calls, calls, "append calls")                                                         \
+    X(append_tokens, tokens, "tokens appended, times layers")                                      \
+    X(attend_calls, calls, "attend calls")                                                         \
+    X(attend_dense, queries, "query tokens attended densely, times layers")                        \
+    X(attend_sparse, queries, "query tokens attended over a selection, times layers")              \
+    X(tokens_seen, tokens, "tokens that those queries could have attended, times kv heads")        \
+    X(tokens_attended, tokens, "tokens that they did attend, times kv heads")                      \
+    X(rows_pool, rows, "rows read from the pool")                                                  \
+    X(rows_arena, rows, "rows read from the arena")                                                \
+    X(sign_ns, ns, "time to turn queries into weights")                                            \
+    X(scan_ns, ns, "time in scan")                                                                 \
+    X(select_ns, ns, "time in select")                                                             \
+    X(gather_ns, ns, "time in gather")                                                             \
+    X(attend_ns, ns, "time in attention over rows")                                                \
+    X(grant_waits, calls, "appends that waited for a grant")                                       \
+    X(grant_wait_ns, ns, "time that appends waited for grants")                                    \
+    X(audits, samples, "audited (step, layer) pairs")                                              \
+    X(audit_mass_ppm, ppm, "sum over audits of the softmax mass that the selection covered")       \
+    X(audit_error_ppm, ppm, "sum over audits of the relative error of the attention output")
+
+/* X(name, unit, help): counters of the daemon. */
+#define PKV_DAEMON_COUNTERS(X)                                                \
+    X(loop_turns, turns, "turns of the event loop")                           \
+    X(ops, operations, "operations completed")                                \
+    X(ops_refused, operations, "operations refused by the checks")            \
+    X(workers_joined, workers, "workers that said hello")                     \
+    X(workers_refused, workers, "hellos refused")                             \
+    X(workers_died, workers, "workers that left without saying goodbye")      \
+    X(blocks_granted, blocks, "blocks granted")                               \
+    X(blocks_sealed, blocks, "blocks sealed")                                 \
+    X(blocks_home, blocks, "blocks copied to the arena")                      \
+    X(blocks_dropped, blocks, "pool copies dropped under pressure")           \
+    X(blocks_freed, blocks, "blocks freed")                                   \
+    X(blocks_cow, blocks, "blocks copied on write by fork and truncate")      \
+    X(copy_bytes, bytes, "bytes moved from pool to arena")                    \
+    X(copy_ns, ns, "time in those copies")                                    \
+    X(checksum_failures, blocks, "blocks whose checksum did not match")       \
+    X(grants_delayed, grants, "grants that waited for room")                  \
+    X(grants_refused, grants, "grants refused: pool or arena full")           \
+    X(served_selects, queries, "query tokens selected for served workers")    \
+    X(served_rows, rows, "rows gathered for served workers")
+
+#endif

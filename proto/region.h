@@ -1,0 +1,61 @@
+/* The shared region of one worker: rings, the worker's words, its counters, the data area. The daemon makes it (a sealed
+ * memfd), both map it writable. Hostile ground for the daemon: it reads a value once, copies, and checks the copy; it
+ * keeps its own indices and never follows one that the worker wrote further than the mask allows. */
+#ifndef PROTO_REGION_H
+#define PROTO_REGION_H
+
+#include "proto/wire.h"
+
+/* An index on a cache line of its own. */
+struct pkv_index {
+    uint32_t value;
+    uint32_t waiting; /* the reader of this index sleeps, or is about to: wake it */
+    uint32_t reserved[14];
+};
+PKV_WIRE_ASSERT(struct pkv_index, 64, 64, 4 + 4 + 14 * 4, reserved, 8);
+
+/* No reads are in flight. */
+#define PKV_EPOCH_IDLE UINT64_MAX
+
+struct pkv_region {
+    uint32_t magic;
+    uint32_t worker;
+    uint64_t bytes;
+    uint64_t data_off; /* of the data area in the region */
+    uint64_t data_bytes;
+    uint64_t reserved[4];
+    struct pkv_index sq_tail; /* worker writes; `waiting` is set by a daemon that sleeps */
+    struct pkv_index sq_head; /* daemon writes */
+    struct pkv_index cq_tail; /* daemon writes; `waiting` is set by a worker that sleeps on `value` (futex) */
+    struct pkv_index cq_head; /* worker writes */
+    /* The control page's epoch as it was when the oldest read in flight began, or PKV_EPOCH_IDLE. Written by whoever
+     * reads: the calling thread on the host backend, the stream on a GPU. */
+    uint64_t epoch;
+    uint64_t epoch_pad[7];
+    struct pkv_submission sq[PKV_RING_ENTRIES];
+    struct pkv_completion cq[PKV_RING_ENTRIES];
+    /* Claims: the length of each open sequence as its worker counts it, by handle index modulo the array's length. The
+     * daemon clamps what it reads to what it granted and what was sealed. */
+    uint64_t seq_handle[PKV_WORKER_SEQS_MAX];
+    uint64_t seq_tokens[PKV_WORKER_SEQS_MAX];
+#define PKV_COUNTER_MEMBER(name, unit, help) uint64_t name;
+    struct pkv_worker_counters {
+        PKV_WORKER_COUNTERS(PKV_COUNTER_MEMBER)
+    } counters;
+};
+
+/* Read-only to every worker; the daemon writes. */
+struct pkv_control {
+    uint32_t magic;
+    uint32_t version_major, version_minor;
+    uint32_t reserved0;
+    uint64_t epoch; /* grows each time that places are retired */
+    uint64_t instance; /* random, of this run of the daemon */
+    uint64_t reserved[4];
+};
+PKV_WIRE_ASSERT(struct pkv_control, 64, 8, 4 * 4 + 2 * 8 + 4 * 8, reserved, 32);
+
+static inline uint64_t pkv_region_data_off(void) { return PKV_ALIGN_UP(sizeof(struct pkv_region), 4096ull); }
+static inline uint64_t pkv_region_bytes(uint64_t data_bytes) { return pkv_region_data_off() + data_bytes; }
+
+#endif
