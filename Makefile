@@ -1,32 +1,41 @@
-# The two commands of the README, and their friends. Plain meson works too: meson setup build && ninja -C build.
+# The short way in. Plain meson works too: meson setup build && ninja -C build && meson test -C build
 BUILD ?= build
+# Passed to `meson setup`, and to `meson configure` of a build folder that is there already.
+MESON_ARGS ?=
 DEMO_ARGS ?=
-PYTHON = $(BUILD)/venv/bin/python
+BENCH_ARGS ?= host
+TEST_ARGS ?=
 
-.PHONY: all setup test demo bench install clean venv
+VENV = $(BUILD)/venv
 
-all: setup
+all: build
+
+setup:
+	@.ci/setup packages
+
+configure: setup
+	@if [ ! -f $(BUILD)/build.ninja ]; then meson setup $(BUILD) $(MESON_ARGS); \
+	elif [ -n "$(MESON_ARGS)" ]; then meson configure $(BUILD) $(MESON_ARGS); fi
+
+build: configure
 	ninja -C $(BUILD)
 
-# Installs what is missing (apt packages) and configures once.
-setup:
-	@sh .ci/setup packages
-	@test -f $(BUILD)/build.ninja || meson setup $(BUILD)
+venv: configure
+	@.ci/setup venv $(VENV)
 
-venv: setup
-	@sh .ci/setup venv $(BUILD)/venv
+test: build venv
+	@.ci/test $(BUILD) $(TEST_ARGS)
 
-test: all
-	@sh .ci/test $(BUILD)
+demo: build venv
+	$(VENV)/bin/python client/examples/demo.py --build-dir $(BUILD) $(DEMO_ARGS)
 
-demo: all venv
-	$(PYTHON) client/examples/demo.py --build-dir $(BUILD) $(DEMO_ARGS)
+bench: build
+	$(BUILD)/client/cli/pivotkv bench $(BENCH_ARGS)
 
-bench: all
-	$(BUILD)/client/cli/pivotkv bench host
-
-install: all
-	meson install -C $(BUILD) --no-rebuild
+install: build
+	meson install -C $(BUILD)
 
 clean:
-	rm -rf $(BUILD)
+	rm -rf $(BUILD) build-asan build-tsan build-ci
+
+.PHONY: all setup configure build venv test demo bench install clean

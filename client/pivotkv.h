@@ -32,17 +32,17 @@ enum pkv_group_rule { PKV_SOFTMAX_SUM = 0, PKV_SUM = 1, PKV_MAX_SCORE = 2 };
 #define PKV_CONNECT_SERVED 1u /* map neither pool nor arena: rows come and go through the shared region */
 
 struct pkv_options {
-    uint32_t size;        /* sizeof(struct pkv_options): lets the struct grow */
-    uint32_t flags;       /* PKV_CONNECT_* */
-    const char *tenant;   /* at most 31 bytes; NULL: "default" */
-    const char *label;    /* shown by `pivotkv stat`; NULL: the program's name */
-    uint32_t threads;     /* of the host backend; 0: one per CPU */
-    uint32_t timeout_ms;  /* bound of every wait; 0: 10000 */
-    uint32_t spin_us;     /* spin for answers this long before sleeping; 0: 50 */
+    uint32_t size;       /* sizeof(struct pkv_options): lets the struct grow */
+    uint32_t flags;      /* PKV_CONNECT_* */
+    const char *tenant;  /* at most 31 bytes; NULL: "default" */
+    const char *label;   /* shown by `pivotkv stat`; NULL: the program's name */
+    uint32_t threads;    /* of the host backend; 0: one per CPU */
+    uint32_t timeout_ms; /* bound of every wait; 0: 10000 */
+    uint32_t spin_us;    /* spin for answers this long before sleeping; 0: 50 */
     uint32_t reserved;
-    uint64_t data_bytes;  /* of the shared region's data area, a multiple of 4096; 0: 64 MiB */
-    const char *backend;  /* "host"; NULL: the best there is */
-    const char *isa;      /* host backend: "c", "avx2", "avx512"; NULL: the best */
+    uint64_t data_bytes; /* of the shared region's data area, a multiple of 4096; 0: 64 MiB */
+    const char *backend; /* "host"; NULL: the best there is */
+    const char *isa;     /* host backend: "c", "avx2", "avx512"; NULL: the best */
 };
 
 /* `path`: the daemon's socket; NULL: $PIVOTKV_SOCKET, then the default path of this user. `options` may be NULL.
@@ -59,15 +59,15 @@ PKV_API const char *pkv_version(void);
 /* ---- model ---- */
 
 struct pkv_model_desc {
-    uint32_t size;        /* sizeof(struct pkv_model_desc) */
+    uint32_t size; /* sizeof(struct pkv_model_desc) */
     uint32_t layers, q_heads, kv_heads, head_dim;
-    uint32_t type;        /* enum pkv_type, of K, V and q */
-    uint32_t signature;   /* enum pkv_signature */
-    uint32_t sig_bits;    /* 32..256, a multiple of 32; 0: one per head dimension, rounded up to 32 */
-    const char *name;     /* at most 63 bytes; the identity of the weights that make K and V */
-    const char *weights;  /* safetensors file of the scheme, or NULL */
-    float rope_base;      /* 0: no rope */
-    uint32_t rope_dims;   /* 0: head_dim */
+    uint32_t type;       /* enum pkv_type, of K, V and q */
+    uint32_t signature;  /* enum pkv_signature */
+    uint32_t sig_bits;   /* 32..256, a multiple of 32; 0: one per head dimension, rounded up to 32 */
+    const char *name;    /* at most 63 bytes; the identity of the weights that make K and V */
+    const char *weights; /* safetensors file of the scheme, or NULL */
+    float rope_base;     /* 0: no rope */
+    uint32_t rope_dims;  /* 0: head_dim */
     uint32_t rope_interleaved;
 };
 
@@ -134,21 +134,20 @@ struct pkv_explain {
  * out [tokens][q_heads][head_dim] float, lse [tokens][q_heads] natural logarithm of the softmax sum (may be NULL);
  * explain may be NULL. Direct and served connections give the same bits on the host backend.
  * -EINVAL k of 0, -ERANGE k above a sequence's length (unless it is attended densely), -EDOM NaN or infinity in q. */
-PKV_API int pkv_attend(struct pkv_seq *const *seqs, const uint32_t *queries, uint32_t count, uint32_t layer,
-                       const void *q, const struct pkv_budget *budget, float *out, float *lse,
-                       struct pkv_explain *explain);
+PKV_API int pkv_attend(struct pkv_seq *const *seqs, const uint32_t *queries, uint32_t count, uint32_t layer, const void *q,
+                       const struct pkv_budget *budget, float *out, float *lse, struct pkv_explain *explain);
 
 /* The selection itself, of one sequence. All arrays are the caller's; rows_max = sinks + recent + k:
  *   index [queries][kv_heads][rows_max] ascending token indices, count [queries][kv_heads],
  *   score [queries][kv_heads][rows_max] (0 for sinks and recent; may be NULL),
  *   rows [queries][kv_heads][rows_max][2][head_dim] K and V in the model's type (may be NULL). */
-PKV_API int pkv_select(struct pkv_seq *seq, uint32_t queries, uint32_t layer, const void *q,
-                       const struct pkv_budget *budget, uint32_t *index, uint32_t *count, uint16_t *score, void *rows);
+PKV_API int pkv_select(struct pkv_seq *seq, uint32_t queries, uint32_t layer, const void *q, const struct pkv_budget *budget,
+                       uint32_t *index, uint32_t *count, uint16_t *score, void *rows);
 
 /* What the selection costs: exact attention beside it. Means over the queries and q heads given.
  *   *ret_mass softmax probability covered, *ret_error norm(out - exact) / norm(exact). Added to the worker's counters. */
-PKV_API int pkv_audit(struct pkv_seq *seq, uint32_t queries, uint32_t layer, const void *q,
-                      const struct pkv_budget *budget, double *ret_mass, double *ret_error);
+PKV_API int pkv_audit(struct pkv_seq *seq, uint32_t queries, uint32_t layer, const void *q, const struct pkv_budget *budget,
+                      double *ret_mass, double *ret_error);
 
 #ifdef __cplusplus
 }

@@ -51,8 +51,8 @@ struct gpu_policy {
 
 /* What a call did; added to, never reset. */
 struct gpu_explain {
-    uint64_t dense, sparse;            /* query tokens */
-    uint64_t seen, attended;           /* tokens times kv heads */
+    uint64_t dense, sparse;  /* query tokens */
+    uint64_t seen, attended; /* tokens times kv heads */
     uint64_t rows_pool, rows_arena;
     uint64_t sign_ns, scan_ns, select_ns, gather_ns, attend_ns;
 };
@@ -67,7 +67,7 @@ struct gpu_append_args {
     const struct pkv_block_ref *blocks;
     uint64_t first_token;
     uint32_t tokens;
-    const void *k, *v;                      /* [tokens][kv_heads][head_dim] in the model's dtype */
+    const void *k, *v;                       /* [tokens][kv_heads][head_dim] in the model's dtype */
     uint64_t k_token_stride, v_token_stride; /* bytes; 0: dense */
 };
 int gpu_append(struct gpu *gpu, const struct gpu_append_args *args);
@@ -93,8 +93,8 @@ struct gpu_weights_args {
     const struct gpu_scheme *scheme;
     uint32_t layer;
     uint32_t queries;
-    float scale;   /* of the softmax; 0: 1 / sqrt(head_dim) */
-    const void *q; /* [queries][q_heads][head_dim] */
+    float scale;         /* of the softmax; 0: 1 / sqrt(head_dim) */
+    const void *q;       /* [queries][q_heads][head_dim] */
     int8_t *ret_weights; /* [queries][q_heads][sig_bits] */
     float *ret_scales;   /* [queries][q_heads] */
 };
@@ -127,8 +127,8 @@ int gpu_gather(struct gpu *gpu, const struct gpu_select_args *args, const struct
 
 /* Exact attention over listed rows. `gathered` as gpu_gather made it, or NULL to read the rows where the views say.
  * Same bits either way. out [queries][q_heads][head_dim] float, lse [queries][q_heads] natural logarithm. */
-int gpu_attend_rows(struct gpu *gpu, const struct gpu_select_args *args, const struct gpu_rows *rows,
-                    const void *gathered, float *ret_out, float *ret_lse);
+int gpu_attend_rows(struct gpu *gpu, const struct gpu_select_args *args, const struct gpu_rows *rows, const void *gathered,
+                    float *ret_out, float *ret_lse);
 
 /* Exact attention over all tokens, block by block in order, so that the result does not depend on how a caller cuts the
  * blocks into pieces. `first_block`, `blocks`: the piece (views[i].blocks still starts at block 0 of the sequence).

@@ -93,8 +93,7 @@ enum pkv_err pkv_check_model(const struct pkv_model_request *m)
         e = pkv_check_scheme(m->scheme, &m->geom);
     if (e != PKV_ERR_OK)
         return e;
-    if (m->rope_interleaved > 1 || m->rope_dims > m->geom.head_dim || m->rope_dims % 2 ||
-        !within(m->rope_base, 0.0f, 1e12f))
+    if (m->rope_interleaved > 1 || m->rope_dims > m->geom.head_dim || m->rope_dims % 2 || !within(m->rope_base, 0.0f, 1e12f))
         return PKV_ERR_INVALID;
     return PKV_ERR_OK;
 }
@@ -136,8 +135,7 @@ static enum pkv_err check_select(const struct pkv_op_select *s, uint64_t data_by
     if (s->reserved)
         return PKV_ERR_RESERVED;
     if (s->data_off % 64 || s->out_off % 64 || s->data_bytes < sizeof(struct pkv_select_args) ||
-        !pkv_check_range(s->data_off, s->data_bytes, data_bytes) ||
-        !pkv_check_range(s->out_off, s->out_bytes, data_bytes))
+        !pkv_check_range(s->data_off, s->data_bytes, data_bytes) || !pkv_check_range(s->out_off, s->out_bytes, data_bytes))
         return PKV_ERR_RANGE;
     return PKV_ERR_OK;
 }

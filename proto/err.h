@@ -6,57 +6,57 @@
 #include "proto/base.h"
 
 /* X(NAME, errno, sentence) */
-#define PKV_ERRORS(X)                                                                                                  \
-    X(OK, 0, "no error")                                                                                               \
-    X(INVALID, EINVAL, "an argument is out of its range; see the declaration in pivotkv.h")                            \
-    X(RESERVED, EINVAL, "a reserved field is not zero: client and daemon disagree about the protocol; use one version") \
-    X(UNKNOWN_OP, ENOSYS, "the daemon does not know this operation: upgrade the daemon")                               \
-    X(VERSION, EPROTO, "client and daemon speak different protocol versions: install the same version of both")        \
-    X(FEATURE, EPROTO, "the other side needs a feature that this side lacks: upgrade the older one")                   \
-    X(GEOMETRY, EINVAL, "unsupported geometry: head_dim 64, 96, 128 or 256; q_heads a multiple (1 to 16) of kv_heads") \
-    X(DTYPE, EINVAL, "unknown dtype: use f32, f16 or bf16")                                                            \
-    X(SCHEME, EINVAL, "unknown signature scheme: use sign, code, linear or hash")                                      \
-    X(SIG_BITS, EINVAL, "signature bits must be a multiple of 32 between 32 and 256 that the scheme can make")         \
-    X(BUDGET, EINVAL, "k must be at least 1 and at most 65536")                                                        \
-    X(BUDGET_LENGTH, ERANGE, "k is above the sequence's length: use a smaller k, or dense attention")                  \
-    X(SHAPE, EINVAL, "the number of tokens, queries or sequences is zero or above its limit in limits.h")              \
-    X(NOT_FINITE, EDOM, "q or k holds NaN or infinity: nothing was written; find the layer that made it")              \
-    X(LENGTH, EOVERFLOW, "the sequence would grow beyond its max_tokens: create it with a larger max_tokens")          \
-    X(SEQS_FULL, EMFILE, "too many sequences: close some, or start more daemons")                                      \
-    X(WORKERS_FULL, EUSERS, "too many workers are attached: close some, or start more daemons")                        \
-    X(MODELS_FULL, EMFILE, "too many models: restart the daemon without the old ones")                                 \
-    X(TENANTS_FULL, EMFILE, "too many tenants for one daemon")                                                         \
-    X(TABLE_FULL, ENOMEM, "no room for the block table: create sequences with a smaller max_tokens")                   \
-    X(POOL_FULL, ENOSPC, "the pool is full and nothing in it can be dropped in time: raise pool-bytes, or close sequences") \
-    X(ARENA_FULL, ENOMEM, "the arena is full: raise arena-bytes, or close sequences")                                  \
-    X(BLOCK_TOO_LARGE, E2BIG, "a block of this model is larger than a chunk: raise pool-bytes, arena-bytes or chunk-bytes") \
-    X(STALE, ESTALE, "the handle names a sequence that is gone: it was closed or destroyed")                           \
-    X(NO_SEQ, ENOENT, "no such sequence for this tenant")                                                              \
-    X(NOT_OPEN, EBADF, "this worker has not opened the sequence")                                                      \
-    X(NOT_WRITER, EACCES, "another worker writes this sequence: fork it to write")                                     \
-    X(NOT_GRANTED, EPERM, "the block was not granted to this worker, or is sealed already")                            \
+#define PKV_ERRORS(X)                                                                                                        \
+    X(OK, 0, "no error")                                                                                                     \
+    X(INVALID, EINVAL, "an argument is out of its range; see the declaration in pivotkv.h")                                  \
+    X(RESERVED, EINVAL, "a reserved field is not zero: client and daemon disagree about the protocol; use one version")      \
+    X(UNKNOWN_OP, ENOSYS, "the daemon does not know this operation: upgrade the daemon")                                     \
+    X(VERSION, EPROTO, "client and daemon speak different protocol versions: install the same version of both")              \
+    X(FEATURE, EPROTO, "the other side needs a feature that this side lacks: upgrade the older one")                         \
+    X(GEOMETRY, EINVAL, "unsupported geometry: head_dim 64, 96, 128 or 256; q_heads a multiple (1 to 16) of kv_heads")       \
+    X(DTYPE, EINVAL, "unknown dtype: use f32, f16 or bf16")                                                                  \
+    X(SCHEME, EINVAL, "unknown signature scheme: use sign, code, linear or hash")                                            \
+    X(SIG_BITS, EINVAL, "signature bits must be a multiple of 32 between 32 and 256 that the scheme can make")               \
+    X(BUDGET, EINVAL, "k must be at least 1 and at most 65536")                                                              \
+    X(BUDGET_LENGTH, ERANGE, "k is above the sequence's length: use a smaller k, or dense attention")                        \
+    X(SHAPE, EINVAL, "the number of tokens, queries or sequences is zero or above its limit in limits.h")                    \
+    X(NOT_FINITE, EDOM, "q or k holds NaN or infinity: nothing was written; find the layer that made it")                    \
+    X(LENGTH, EOVERFLOW, "the sequence would grow beyond its max_tokens: create it with a larger max_tokens")                \
+    X(SEQS_FULL, EMFILE, "too many sequences: close some, or start more daemons")                                            \
+    X(WORKERS_FULL, EUSERS, "too many workers are attached: close some, or start more daemons")                              \
+    X(MODELS_FULL, EMFILE, "too many models: restart the daemon without the old ones")                                       \
+    X(TENANTS_FULL, EMFILE, "too many tenants for one daemon")                                                               \
+    X(TABLE_FULL, ENOMEM, "no room for the block table: create sequences with a smaller max_tokens")                         \
+    X(POOL_FULL, ENOSPC, "the pool is full and nothing in it can be dropped in time: raise pool-bytes, or close sequences")  \
+    X(ARENA_FULL, ENOMEM, "the arena is full: raise arena-bytes, or close sequences")                                        \
+    X(BLOCK_TOO_LARGE, E2BIG, "a block of this model is larger than a chunk: raise pool-bytes, arena-bytes or chunk-bytes")  \
+    X(STALE, ESTALE, "the handle names a sequence that is gone: it was closed or destroyed")                                 \
+    X(NO_SEQ, ENOENT, "no such sequence for this tenant")                                                                    \
+    X(NOT_OPEN, EBADF, "this worker has not opened the sequence")                                                            \
+    X(NOT_WRITER, EACCES, "another worker writes this sequence: fork it to write")                                           \
+    X(NOT_GRANTED, EPERM, "the block was not granted to this worker, or is sealed already")                                  \
     X(MODEL_MISMATCH, ENOTUNIQ, "the model's name is registered with another geometry, scheme or weights: use another name") \
-    X(NO_MODEL, ENXIO, "no such model: open the model first")                                                          \
-    X(STATE_EXISTS, EEXIST, "the model has its signature state already: fetch it and use that one")                    \
-    X(NO_STATE, ENODATA, "the model has no signature state yet")                                                       \
-    X(RANGE, EFAULT, "an offset or length lies outside the data area")                                                 \
-    X(DATA_SMALL, EMSGSIZE, "the data area is too small for this call: connect with a larger data_bytes, or a smaller k") \
-    X(RING_FULL, EAGAIN, "the submission ring is full: reap completions first")                                        \
-    X(TIMEOUT, ETIMEDOUT, "the daemon did not answer in time: see `pivotkv doctor`")                                   \
-    X(DAEMON_GONE, ECONNRESET, "the daemon is gone: start it again and reconnect; unparked sequences are lost")        \
-    X(REFUSED, ECONNREFUSED, "no daemon listens on the socket: start pivotkvd, or check the path")                     \
-    X(SOCKET_PATH, ENAMETOOLONG, "the socket path is longer than a unix socket allows (107 bytes): use a shorter one") \
-    X(SOCKET_OWNER, EPERM, "the socket belongs to another user: use your own daemon's socket")                         \
-    X(IN_USE, EADDRINUSE, "another daemon serves this socket: stop it, or choose another path")                        \
-    X(TENANT, EPERM, "the object belongs to another tenant")                                                           \
-    X(CHECKSUM, EBADMSG, "a block failed its checksum: its memory is damaged; nothing of it was served")               \
-    X(FILE_FORMAT, EBADMSG, "the weights file is damaged or not safetensors: make it again")                           \
-    X(FILE_FIT, EMEDIUMTYPE, "the weights file does not fit this model: wrong scheme, geometry or bits")               \
-    X(FILE_OPEN, ENOENT, "the weights file cannot be opened: check the path and its permissions")                      \
-    X(UNSUPPORTED, EOPNOTSUPP, "this build or backend cannot do that")                                                 \
-    X(SERVED_ONLY, EOPNOTSUPP, "the call needs the pool mapped: connect without PKV_CONNECT_SERVED")                   \
-    X(BUSY, EBUSY, "the sequence has an operation in flight, or is shared: wait for it, or fork")                      \
-    X(NO_MEMORY, ENOMEM, "out of memory on this side")                                                                 \
+    X(NO_MODEL, ENXIO, "no such model: open the model first")                                                                \
+    X(STATE_EXISTS, EEXIST, "the model has its signature state already: fetch it and use that one")                          \
+    X(NO_STATE, ENODATA, "the model has no signature state yet")                                                             \
+    X(RANGE, EFAULT, "an offset or length lies outside the data area")                                                       \
+    X(DATA_SMALL, EMSGSIZE, "the data area is too small for this call: connect with a larger data_bytes, or a smaller k")    \
+    X(RING_FULL, EAGAIN, "the submission ring is full: reap completions first")                                              \
+    X(TIMEOUT, ETIMEDOUT, "the daemon did not answer in time: see `pivotkv doctor`")                                         \
+    X(DAEMON_GONE, ECONNRESET, "the daemon is gone: start it again and reconnect; unparked sequences are lost")              \
+    X(REFUSED, ECONNREFUSED, "no daemon listens on the socket: start pivotkvd, or check the path")                           \
+    X(SOCKET_PATH, ENAMETOOLONG, "the socket path is longer than a unix socket allows (107 bytes): use a shorter one")       \
+    X(SOCKET_OWNER, EPERM, "the socket belongs to another user: use your own daemon's socket")                               \
+    X(IN_USE, EADDRINUSE, "another daemon serves this socket: stop it, or choose another path")                              \
+    X(TENANT, EPERM, "the object belongs to another tenant")                                                                 \
+    X(CHECKSUM, EBADMSG, "a block failed its checksum: its memory is damaged; nothing of it was served")                     \
+    X(FILE_FORMAT, EBADMSG, "the weights file is damaged or not safetensors: make it again")                                 \
+    X(FILE_FIT, EMEDIUMTYPE, "the weights file does not fit this model: wrong scheme, geometry or bits")                     \
+    X(FILE_OPEN, ENOENT, "the weights file cannot be opened: check the path and its permissions")                            \
+    X(UNSUPPORTED, EOPNOTSUPP, "this build or backend cannot do that")                                                       \
+    X(SERVED_ONLY, EOPNOTSUPP, "the call needs the pool mapped: connect without PKV_CONNECT_SERVED")                         \
+    X(BUSY, EBUSY, "the sequence has an operation in flight, or is shared: wait for it, or fork")                            \
+    X(NO_MEMORY, ENOMEM, "out of memory on this side")                                                                       \
     X(SYSTEM, EIO, "a system call failed; the daemon's log names it")
 
 enum pkv_err {

@@ -22,11 +22,20 @@ struct pkv_geom {
 };
 PKV_WIRE_ASSERT(struct pkv_geom, 16, 4, 6 * 2 + 4, reserved, 12);
 
-static inline PKV_HD uint32_t pkv_dtype_bytes(uint32_t dtype) { return dtype == PKV_F32 ? 4u : 2u; }
+static inline PKV_HD uint32_t pkv_dtype_bytes(uint32_t dtype)
+{
+    return dtype == PKV_F32 ? 4u : 2u;
+}
 
-static inline PKV_HD uint32_t pkv_geom_group(const struct pkv_geom *g) { return g->q_heads / (uint32_t)g->kv_heads; }
+static inline PKV_HD uint32_t pkv_geom_group(const struct pkv_geom *g)
+{
+    return g->q_heads / (uint32_t)g->kv_heads;
+}
 
-static inline PKV_HD uint32_t pkv_geom_words(const struct pkv_geom *g) { return g->sig_bits / 32u; }
+static inline PKV_HD uint32_t pkv_geom_words(const struct pkv_geom *g)
+{
+    return g->sig_bits / 32u;
+}
 
 /* Bytes of one row: K and V of one token and kv head. */
 static inline PKV_HD uint64_t pkv_geom_row_bytes(const struct pkv_geom *g)

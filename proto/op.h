@@ -28,47 +28,47 @@ enum pkv_op {
 };
 
 /* X(name, unit, help): counters that a worker keeps in its region and the daemon sums up. They only grow. */
-#define PKV_WORKER_COUNTERS(X)                                                                     \
-    X(append_calls, calls, "append calls")                                                         \
-    X(append_tokens, tokens, "tokens appended, times layers")                                      \
-    X(attend_calls, calls, "attend calls")                                                         \
-    X(attend_dense, queries, "query tokens attended densely, times layers")                        \
-    X(attend_sparse, queries, "query tokens attended over a selection, times layers")              \
-    X(tokens_seen, tokens, "tokens that those queries could have attended, times kv heads")        \
-    X(tokens_attended, tokens, "tokens that they did attend, times kv heads")                      \
-    X(rows_pool, rows, "rows read from the pool")                                                  \
-    X(rows_arena, rows, "rows read from the arena")                                                \
-    X(sign_ns, ns, "time to turn queries into weights")                                            \
-    X(scan_ns, ns, "time in scan")                                                                 \
-    X(select_ns, ns, "time in select")                                                             \
-    X(gather_ns, ns, "time in gather")                                                             \
-    X(attend_ns, ns, "time in attention over rows")                                                \
-    X(grant_waits, calls, "appends that waited for a grant")                                       \
-    X(grant_wait_ns, ns, "time that appends waited for grants")                                    \
-    X(audits, samples, "audited (step, layer) pairs")                                              \
-    X(audit_mass_ppm, ppm, "sum over audits of the softmax mass that the selection covered")       \
+#define PKV_WORKER_COUNTERS(X)                                                               \
+    X(append_calls, calls, "append calls")                                                   \
+    X(append_tokens, tokens, "tokens appended, times layers")                                \
+    X(attend_calls, calls, "attend calls")                                                   \
+    X(attend_dense, queries, "query tokens attended densely, times layers")                  \
+    X(attend_sparse, queries, "query tokens attended over a selection, times layers")        \
+    X(tokens_seen, tokens, "tokens that those queries could have attended, times kv heads")  \
+    X(tokens_attended, tokens, "tokens that they did attend, times kv heads")                \
+    X(rows_pool, rows, "rows read from the pool")                                            \
+    X(rows_arena, rows, "rows read from the arena")                                          \
+    X(sign_ns, ns, "time to turn queries into weights")                                      \
+    X(scan_ns, ns, "time in scan")                                                           \
+    X(select_ns, ns, "time in select")                                                       \
+    X(gather_ns, ns, "time in gather")                                                       \
+    X(attend_ns, ns, "time in attention over rows")                                          \
+    X(grant_waits, calls, "appends that waited for a grant")                                 \
+    X(grant_wait_ns, ns, "time that appends waited for grants")                              \
+    X(audits, samples, "audited (step, layer) pairs")                                        \
+    X(audit_mass_ppm, ppm, "sum over audits of the softmax mass that the selection covered") \
     X(audit_error_ppm, ppm, "sum over audits of the relative error of the attention output")
 
 /* X(name, unit, help): counters of the daemon. */
-#define PKV_DAEMON_COUNTERS(X)                                                \
-    X(loop_turns, turns, "turns of the event loop")                           \
-    X(ops, operations, "operations completed")                                \
-    X(ops_refused, operations, "operations refused by the checks")            \
-    X(workers_joined, workers, "workers that said hello")                     \
-    X(workers_refused, workers, "hellos refused")                             \
-    X(workers_died, workers, "workers that left without saying goodbye")      \
-    X(blocks_granted, blocks, "blocks granted")                               \
-    X(blocks_sealed, blocks, "blocks sealed")                                 \
-    X(blocks_home, blocks, "blocks copied to the arena")                      \
-    X(blocks_dropped, blocks, "pool copies dropped under pressure")           \
-    X(blocks_freed, blocks, "blocks freed")                                   \
-    X(blocks_cow, blocks, "blocks copied on write by fork and truncate")      \
-    X(copy_bytes, bytes, "bytes moved from pool to arena")                    \
-    X(copy_ns, ns, "time in those copies")                                    \
-    X(checksum_failures, blocks, "blocks whose checksum did not match")       \
-    X(grants_delayed, grants, "grants that waited for room")                  \
-    X(grants_refused, grants, "grants refused: pool or arena full")           \
-    X(served_selects, queries, "query tokens selected for served workers")    \
+#define PKV_DAEMON_COUNTERS(X)                                             \
+    X(loop_turns, turns, "turns of the event loop")                        \
+    X(ops, operations, "operations completed")                             \
+    X(ops_refused, operations, "operations refused by the checks")         \
+    X(workers_joined, workers, "workers that said hello")                  \
+    X(workers_refused, workers, "hellos refused")                          \
+    X(workers_died, workers, "workers that left without saying goodbye")   \
+    X(blocks_granted, blocks, "blocks granted")                            \
+    X(blocks_sealed, blocks, "blocks sealed")                              \
+    X(blocks_home, blocks, "blocks copied to the arena")                   \
+    X(blocks_dropped, blocks, "pool copies dropped under pressure")        \
+    X(blocks_freed, blocks, "blocks freed")                                \
+    X(blocks_cow, blocks, "blocks copied on write by fork and truncate")   \
+    X(copy_bytes, bytes, "bytes moved from pool to arena")                 \
+    X(copy_ns, ns, "time in those copies")                                 \
+    X(checksum_failures, blocks, "blocks whose checksum did not match")    \
+    X(grants_delayed, grants, "grants that waited for room")               \
+    X(grants_refused, grants, "grants refused: pool or arena full")        \
+    X(served_selects, queries, "query tokens selected for served workers") \
     X(served_rows, rows, "rows gathered for served workers")
 
 #endif

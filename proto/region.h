@@ -49,13 +49,19 @@ struct pkv_control {
     uint32_t magic;
     uint32_t version_major, version_minor;
     uint32_t reserved0;
-    uint64_t epoch; /* grows each time that places are retired */
+    uint64_t epoch;    /* grows each time that places are retired */
     uint64_t instance; /* random, of this run of the daemon */
     uint64_t reserved[4];
 };
 PKV_WIRE_ASSERT(struct pkv_control, 64, 8, 4 * 4 + 2 * 8 + 4 * 8, reserved, 32);
 
-static inline uint64_t pkv_region_data_off(void) { return PKV_ALIGN_UP(sizeof(struct pkv_region), 4096ull); }
-static inline uint64_t pkv_region_bytes(uint64_t data_bytes) { return pkv_region_data_off() + data_bytes; }
+static inline uint64_t pkv_region_data_off(void)
+{
+    return PKV_ALIGN_UP(sizeof(struct pkv_region), 4096ull);
+}
+static inline uint64_t pkv_region_bytes(uint64_t data_bytes)
+{
+    return pkv_region_data_off() + data_bytes;
+}
 
 #endif

@@ -8,11 +8,26 @@
 #include <stdbool.h>
 #include <string.h>
 
-static inline uint32_t pkv_load32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
-static inline void pkv_store32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
-static inline uint64_t pkv_load64(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
-static inline void pkv_store64(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
-static inline void pkv_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+static inline uint32_t pkv_load32(const uint32_t *p)
+{
+    return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+static inline void pkv_store32(uint32_t *p, uint32_t v)
+{
+    __atomic_store_n(p, v, __ATOMIC_RELEASE);
+}
+static inline uint64_t pkv_load64(const uint64_t *p)
+{
+    return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+static inline void pkv_store64(uint64_t *p, uint64_t v)
+{
+    __atomic_store_n(p, v, __ATOMIC_RELEASE);
+}
+static inline void pkv_fence(void)
+{
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
 
 /* Worker: false where the ring is full. `tail` is the worker's own count of entries pushed. */
 static inline bool pkv_sq_push(struct pkv_region *r, uint32_t *tail, const struct pkv_submission *s)
@@ -64,6 +79,9 @@ static inline void pkv_epoch_enter(struct pkv_region *r, const struct pkv_contro
     pkv_fence();
 }
 
-static inline void pkv_epoch_leave(struct pkv_region *r) { pkv_store64(&r->epoch, PKV_EPOCH_IDLE); }
+static inline void pkv_epoch_leave(struct pkv_region *r)
+{
+    pkv_store64(&r->epoch, PKV_EPOCH_IDLE);
+}
 
 #endif

@@ -13,14 +13,25 @@ enum pkv_tier { PKV_TIER_NONE = 0, PKV_TIER_POOL = 1, PKV_TIER_ARENA = 2, PKV_TI
 /* A place: bits 0..31 slot, 32..45 chunk, 46..47 tier, 48..63 generation of the slot. Zero means no place. */
 static inline PKV_HD uint64_t pkv_place(uint32_t tier, uint32_t chunk, uint32_t slot, uint32_t gen)
 {
-    return (uint64_t)slot | (uint64_t)(chunk & 0x3fffu) << 32 | (uint64_t)(tier & 3u) << 46 |
-           (uint64_t)(gen & 0xffffu) << 48;
+    return (uint64_t)slot | (uint64_t)(chunk & 0x3fffu) << 32 | (uint64_t)(tier & 3u) << 46 | (uint64_t)(gen & 0xffffu) << 48;
 }
 
-static inline PKV_HD uint32_t pkv_place_slot(uint64_t p) { return (uint32_t)p; }
-static inline PKV_HD uint32_t pkv_place_chunk(uint64_t p) { return (uint32_t)(p >> 32) & 0x3fffu; }
-static inline PKV_HD uint32_t pkv_place_tier(uint64_t p) { return (uint32_t)(p >> 46) & 3u; }
-static inline PKV_HD uint32_t pkv_place_gen(uint64_t p) { return (uint32_t)(p >> 48); }
+static inline PKV_HD uint32_t pkv_place_slot(uint64_t p)
+{
+    return (uint32_t)p;
+}
+static inline PKV_HD uint32_t pkv_place_chunk(uint64_t p)
+{
+    return (uint32_t)(p >> 32) & 0x3fffu;
+}
+static inline PKV_HD uint32_t pkv_place_tier(uint64_t p)
+{
+    return (uint32_t)(p >> 46) & 3u;
+}
+static inline PKV_HD uint32_t pkv_place_gen(uint64_t p)
+{
+    return (uint32_t)(p >> 48);
+}
 
 struct pkv_block_ref {
     uint64_t rows;       /* place of the block's rows: pool or arena */
@@ -34,7 +45,7 @@ struct pkv_table {
     uint32_t blocks_max; /* per layer */
     uint32_t layers;
     uint32_t model;
-    uint32_t reserved0; /* zero */
+    uint32_t reserved0;   /* zero */
     uint64_t reserved[4]; /* zero */
 };
 PKV_WIRE_ASSERT(struct pkv_table, 64, 8, 2 * 8 + 4 * 4 + 4 * 8, reserved, 32);

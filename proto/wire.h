@@ -6,18 +6,27 @@
 #include "proto/geom.h"
 #include "proto/op.h"
 
-#define PKV_MAGIC 0x564b5650u /* "PVKV" */
+#define PKV_MAGIC     0x564b5650u /* "PVKV" */
 #define PKV_LAYER_ALL 0xffffu
 
 /* Handle of a sequence: index in the low half, generation in the high half; zero is no sequence. */
-static inline uint64_t pkv_handle(uint32_t index, uint32_t gen) { return (uint64_t)gen << 32 | index; }
-static inline uint32_t pkv_handle_index(uint64_t handle) { return (uint32_t)handle; }
-static inline uint32_t pkv_handle_gen(uint64_t handle) { return (uint32_t)(handle >> 32); }
+static inline uint64_t pkv_handle(uint32_t index, uint32_t gen)
+{
+    return (uint64_t)gen << 32 | index;
+}
+static inline uint32_t pkv_handle_index(uint64_t handle)
+{
+    return (uint32_t)handle;
+}
+static inline uint32_t pkv_handle_gen(uint64_t handle)
+{
+    return (uint32_t)(handle >> 32);
+}
 
 /* Feature bits of hello. A side refuses a peer that requires what it lacks. */
 #define PKV_FEATURE_DIRECT (1ull << 0) /* pool and arena are mapped by the worker */
 #define PKV_FEATURE_SERVED (1ull << 1) /* select, append and read through the data area */
-#define PKV_FEATURES (PKV_FEATURE_DIRECT | PKV_FEATURE_SERVED)
+#define PKV_FEATURES       (PKV_FEATURE_DIRECT | PKV_FEATURE_SERVED)
 
 /* Messages on the socket (SOCK_SEQPACKET). A worker has one request outstanding; the daemon answers each with a reply
  * of the same kind. File descriptors travel beside the reply (SCM_RIGHTS). */
@@ -28,9 +37,9 @@ struct pkv_hello {
     uint16_t message; /* PKV_MSG_HELLO */
     uint16_t reserved0;
     uint32_t version_major, version_minor;
-    uint64_t features; /* offered */
-    uint64_t required; /* subset of offered that the daemon must have too */
-    uint64_t data_bytes; /* wanted data area */
+    uint64_t features;           /* offered */
+    uint64_t required;           /* subset of offered that the daemon must have too */
+    uint64_t data_bytes;         /* wanted data area */
     char tenant[PKV_NAME_BYTES]; /* NUL-terminated; empty is "default" */
     char label[PKV_NAME_BYTES];  /* shown to the operator */
     uint64_t reserved[3];
@@ -155,11 +164,11 @@ union pkv_payload {
 };
 
 struct pkv_submission {
-    uint8_t op; /* enum pkv_op */
-    uint8_t flags; /* zero */
+    uint8_t op;     /* enum pkv_op */
+    uint8_t flags;  /* zero */
     uint16_t layer; /* or PKV_LAYER_ALL where the operation says so */
-    uint32_t tag; /* returned with the completion */
-    uint64_t seq; /* handle; zero for operations without one */
+    uint32_t tag;   /* returned with the completion */
+    uint64_t seq;   /* handle; zero for operations without one */
     union pkv_payload u;
     uint64_t reserved;
 };

@@ -26,8 +26,7 @@ static void fuzz_submission(const struct pkv_submission *s)
         must(u->append.data_off + u->append.data_bytes <= DATA_BYTES &&
              u->append.first_token + u->append.tokens <= PKV_SEQ_TOKENS_MAX);
     if (s->op == PKV_OP_SELECT)
-        must(u->select.data_off + u->select.data_bytes <= DATA_BYTES &&
-             u->select.out_off + u->select.out_bytes <= DATA_BYTES &&
+        must(u->select.data_off + u->select.data_bytes <= DATA_BYTES && u->select.out_off + u->select.out_bytes <= DATA_BYTES &&
              u->select.data_bytes >= sizeof(struct pkv_select_args));
     if (s->op == PKV_OP_READ)
         must(u->read.out_off + u->read.out_bytes <= DATA_BYTES &&
@@ -77,10 +76,18 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
     memset(&in, 0, sizeof(in));
     memcpy(&in, data + 1, bytes - 1 < sizeof(in) ? bytes - 1 : sizeof(in));
     switch (data[0] % 5) {
-    case 0: fuzz_submission(&in.submission); break;
-    case 1: fuzz_model(&in.model); break;
-    case 2: fuzz_select(&in.select); break;
-    case 3: fuzz_hello(&in.hello); break;
+    case 0:
+        fuzz_submission(&in.submission);
+        break;
+    case 1:
+        fuzz_model(&in.model);
+        break;
+    case 2:
+        fuzz_select(&in.select);
+        break;
+    case 3:
+        fuzz_hello(&in.hello);
+        break;
     default:
         if (pkv_check_welcome(&in.reply, PKV_FEATURE_SERVED) == PKV_ERR_OK)
             must(in.reply.features & PKV_FEATURE_SERVED);

@@ -42,8 +42,12 @@ static void test_geom(void **state)
 
 static struct pkv_hello hello(void)
 {
-    struct pkv_hello h = {.magic = PKV_MAGIC, .message = PKV_MSG_HELLO, .version_major = PKV_VERSION_MAJOR,
-                          .version_minor = PKV_VERSION_MINOR, .features = PKV_FEATURES, .data_bytes = 1 << 20};
+    struct pkv_hello h = {.magic = PKV_MAGIC,
+                          .message = PKV_MSG_HELLO,
+                          .version_major = PKV_VERSION_MAJOR,
+                          .version_minor = PKV_VERSION_MINOR,
+                          .features = PKV_FEATURES,
+                          .data_bytes = 1 << 20};
     return h;
 }
 
@@ -69,8 +73,11 @@ static void test_hello(void **state)
 static void test_welcome(void **state)
 {
     (void)state;
-    struct pkv_reply good = {.magic = PKV_MAGIC, .message = PKV_MSG_HELLO, .version_major = PKV_VERSION_MAJOR,
-                             .version_minor = PKV_VERSION_MINOR, .features = PKV_FEATURES},
+    struct pkv_reply good = {.magic = PKV_MAGIC,
+                             .message = PKV_MSG_HELLO,
+                             .version_major = PKV_VERSION_MAJOR,
+                             .version_minor = PKV_VERSION_MINOR,
+                             .features = PKV_FEATURES},
                      r = good;
     assert_int_equal(pkv_check_welcome(&r, PKV_FEATURE_DIRECT), PKV_ERR_OK);
     r = good, r.version_major++;
@@ -86,8 +93,8 @@ static void test_welcome(void **state)
 static void test_model(void **state)
 {
     (void)state;
-    struct pkv_model_request good = {.magic = PKV_MAGIC, .message = PKV_MSG_MODEL, .geom = geom(), .name = "m",
-                                     .rope_base = 1e5f, .rope_dims = 128};
+    struct pkv_model_request good = {
+        .magic = PKV_MAGIC, .message = PKV_MSG_MODEL, .geom = geom(), .name = "m", .rope_base = 1e5f, .rope_dims = 128};
     struct pkv_model_request m = good;
     assert_int_equal(pkv_check_model(&m), PKV_ERR_OK);
     m = good, m.rope_base = NAN;
