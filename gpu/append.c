@@ -1,0 +1,139 @@
+/* Append: rows into granted blocks, then their signatures. */
+#include "gpu/internal.h"
+
+#include "proto/check.h"
+
+#include <string.h>
+
+struct append {
+    struct gpu *gpu;
+    const struct gpu_append_args *a;
+    uint64_t k_stride, v_stride, head_bytes;
+    int bad;
+};
+
+static uint64_t first_of(uint64_t first_token, uint64_t block)
+{
+    return PKV_MAX(first_token, block * PKV_BLOCK_TOKENS);
+}
+
+static void check_token(void *context, uint64_t i, uint32_t thread)
+{
+    (void)thread;
+    struct append *p = context;
+    const struct pkv_geom *g = p->a->geom;
+    uint64_t count = (uint64_t)g->kv_heads * g->head_dim;
+    for (uint64_t t = i * PKV_BLOCK_TOKENS; t < PKV_MIN((i + 1) * PKV_BLOCK_TOKENS, p->a->tokens); t++)
+        if (!p->gpu->kernels->finite((const char *)p->a->k + t * p->k_stride, g->dtype, count) ||
+            !p->gpu->kernels->finite((const char *)p->a->v + t * p->v_stride, g->dtype, count))
+            __atomic_store_n(&p->bad, 1, __ATOMIC_RELAXED);
+}
+
+static void copy_block(void *context, uint64_t i, uint32_t thread)
+{
+    (void)thread;
+    struct append *p = context;
+    const struct gpu_append_args *a = p->a;
+    const struct pkv_geom *g = a->geom;
+    uint64_t block = a->first_token / PKV_BLOCK_TOKENS + i, end = a->first_token + a->tokens;
+    char *to = (char *)(uintptr_t)gpu_place(&a->space, a->blocks[block].rows, pkv_geom_block_bytes(g));
+    for (uint32_t h = 0; h < g->kv_heads; h++) {
+        for (uint64_t t = first_of(a->first_token, block); t < PKV_MIN(end, (block + 1) * PKV_BLOCK_TOKENS); t++) {
+            char *row = to + pkv_geom_row_offset(g, h, (uint32_t)(t % PKV_BLOCK_TOKENS));
+            uint64_t from = t - a->first_token;
+            memcpy(row, (const char *)a->k + from * p->k_stride + h * p->head_bytes, p->head_bytes);
+            memcpy(row + p->head_bytes, (const char *)a->v + from * p->v_stride + h * p->head_bytes, p->head_bytes);
+        }
+    }
+}
+
+static int check_append(const struct pkv_geom *g, const struct gpu_space *space, const struct pkv_block_ref *blocks,
+                        uint64_t first_token, uint32_t tokens, bool signatures)
+{
+    enum pkv_err e = pkv_check_geom(g);
+    if (e != PKV_ERR_OK)
+        return -(int)e;
+    if (!tokens)
+        return -PKV_ERR_SHAPE;
+    if (!pkv_check_range(first_token, tokens, PKV_SEQ_TOKENS_MAX))
+        return -PKV_ERR_LENGTH;
+    uint32_t first = (uint32_t)(first_token / PKV_BLOCK_TOKENS), last = pkv_tokens_blocks(first_token + tokens);
+    return gpu_places_mapped(space, blocks, first, last - first, signatures) ? 0 : -PKV_ERR_RANGE;
+}
+
+static uint32_t blocks_of(uint64_t first_token, uint32_t tokens)
+{
+    return pkv_tokens_blocks(first_token + tokens) - (uint32_t)(first_token / PKV_BLOCK_TOKENS);
+}
+
+int gpu_append(struct gpu *gpu, const struct gpu_append_args *a)
+{
+    int r = check_append(a->geom, &a->space, a->blocks, a->first_token, a->tokens, false);
+    if (r)
+        return r;
+    uint64_t head_bytes = (uint64_t)a->geom->head_dim * pkv_dtype_bytes(a->geom->dtype);
+    uint64_t dense = head_bytes * a->geom->kv_heads;
+    struct append p = {
+        gpu, a, a->k_token_stride ? a->k_token_stride : dense, a->v_token_stride ? a->v_token_stride : dense, head_bytes, 0};
+    gpu_team_run(&gpu->team, check_token, &p, pkv_tokens_blocks(a->tokens));
+    if (p.bad)
+        return -PKV_ERR_NOT_FINITE;
+    gpu_team_run(&gpu->team, copy_block, &p, blocks_of(a->first_token, a->tokens));
+    return 0;
+}
+
+struct sign {
+    struct gpu *gpu;
+    const struct gpu_sign_args *a;
+};
+
+/* Bits of one key: which rotated channels of (k - mean) are positive. */
+static void sign_key(const struct gpu_kernels *kernels, const struct gpu_sign_args *a, uint32_t head, const void *row,
+                     uint32_t *words)
+{
+    const struct pkv_geom *g = a->geom;
+    const float *mean = a->scheme->mean + ((uint64_t)a->layer * g->kv_heads + head) * g->head_dim;
+    float k[PKV_HEAD_DIM_MAX];
+    kernels->to_float(row, g->dtype, k, g->head_dim);
+    for (uint32_t d = 0; d < g->head_dim; d++)
+        k[d] -= mean[d];
+    for (uint32_t w = 0; w < pkv_geom_words(g); w++) {
+        uint32_t bits = 0;
+        for (uint32_t b = 0; b < 32; b++) {
+            const float *axis = a->scheme->rotation + ((uint64_t)w * 32 + b) * g->head_dim;
+            bits |= (uint32_t)(kernels->dot(axis, k, PKV_F32, g->head_dim) > 0) << b;
+        }
+        words[w] = bits;
+    }
+}
+
+static void sign_block(void *context, uint64_t i, uint32_t thread)
+{
+    (void)thread;
+    struct sign *p = context;
+    const struct gpu_sign_args *a = p->a;
+    const struct pkv_geom *g = a->geom;
+    uint64_t block = a->first_token / PKV_BLOCK_TOKENS + i, end = a->first_token + a->tokens;
+    const char *rows = gpu_place(&a->space, a->blocks[block].rows, pkv_geom_block_bytes(g));
+    uint32_t *to = (uint32_t *)(uintptr_t)gpu_place(&a->space, a->blocks[block].signatures, pkv_geom_sig_block_bytes(g));
+    for (uint32_t h = 0; h < g->kv_heads; h++) {
+        for (uint64_t t = first_of(a->first_token, block); t < PKV_MIN(end, (block + 1) * PKV_BLOCK_TOKENS); t++) {
+            uint32_t words[PKV_SIG_WORDS_MAX], in = (uint32_t)(t % PKV_BLOCK_TOKENS);
+            sign_key(p->gpu->kernels, a, h, rows + pkv_geom_row_offset(g, h, in), words);
+            for (uint32_t w = 0; w < pkv_geom_words(g); w++)
+                to[pkv_geom_sig_index(g, h, in, w)] = words[w];
+        }
+    }
+}
+
+int gpu_sign(struct gpu *gpu, const struct gpu_sign_args *a)
+{
+    int r = check_append(a->geom, &a->space, a->blocks, a->first_token, a->tokens, true);
+    if (r)
+        return r;
+    if (a->layer >= a->geom->layers)
+        return -PKV_ERR_INVALID;
+    struct sign p = {gpu, a};
+    gpu_team_run(&gpu->team, sign_block, &p, blocks_of(a->first_token, a->tokens));
+    return 0;
+}

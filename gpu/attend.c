@@ -1,0 +1,238 @@
+/* Attention over lists of rows, over everything, and the whole attend of direct mode. */
+#include "gpu/internal.h"
+
+#include "proto/check.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+struct attend {
+    struct gpu *gpu;
+    const struct gpu_select_args *a;
+    const struct gpu_rows *rows;
+    const char *gathered;
+    float scale;
+    float *out, *lse;
+    uint64_t pool, arena, attended, seen;
+};
+
+static void load_queries(const struct gpu_kernels *k, const struct pkv_geom *g, const void *q, uint64_t q_head, uint32_t group,
+                         float scale, float *to)
+{
+    k->to_float((const char *)q + q_head * g->head_dim * pkv_dtype_bytes(g->dtype), g->dtype, to,
+                (uint64_t)group * g->head_dim);
+    for (uint32_t i = 0; i < group * g->head_dim; i++)
+        to[i] *= scale;
+}
+
+static void finish(const struct gpu_softmax *s, uint32_t head_dim, float *out, float *lse)
+{
+    for (uint32_t d = 0; d < head_dim; d++)
+        out[d] = s->out[d] / s->sum;
+    if (lse)
+        *lse = s->max + logf(s->sum);
+}
+
+static void attend_one(void *context, uint64_t item, uint32_t thread)
+{
+    (void)thread;
+    struct attend *p = context;
+    const struct pkv_geom *g = p->a->geom;
+    uint32_t query = (uint32_t)(item / g->kv_heads), head = (uint32_t)(item % g->kv_heads), group = pkv_geom_group(g);
+    struct gpu_query where = gpu_query_find(p->a->views, p->a->seqs, query);
+    uint64_t bytes = pkv_geom_row_bytes(g), list = item * p->rows->rows_max, pool = 0;
+    uint64_t q_head = (uint64_t)query * g->q_heads + (uint64_t)head * group;
+    float q[PKV_GROUP_MAX * PKV_HEAD_DIM_MAX], out[PKV_GROUP_MAX * PKV_HEAD_DIM_MAX] = {0};
+    struct gpu_softmax states[PKV_GROUP_MAX];
+    load_queries(p->gpu->kernels, g, p->a->q, q_head, group, p->scale, q);
+    for (uint32_t h = 0; h < group; h++)
+        states[h] = (struct gpu_softmax){-INFINITY, 0, out + (uint64_t)h * g->head_dim};
+    const void *rows[GPU_ATTEND_STEP];
+    uint32_t count = p->rows->count[item];
+    for (uint32_t at = 0; at < count; at += GPU_ATTEND_STEP) {
+        uint32_t n = PKV_MIN(GPU_ATTEND_STEP, count - at);
+        for (uint32_t i = 0; i < n; i++) {
+            uint32_t token = p->rows->index[list + at + i];
+            uint64_t place = where.view->blocks[token / PKV_BLOCK_TOKENS].rows;
+            pool += pkv_place_tier(place) == PKV_TIER_POOL;
+            rows[i] = p->gathered ? p->gathered + (list + at + i) * bytes
+                                  : gpu_place(&p->a->space, place, pkv_geom_block_bytes(g)) +
+                                        pkv_geom_row_offset(g, head, token % PKV_BLOCK_TOKENS);
+            __builtin_prefetch(rows[i]);
+        }
+        struct gpu_step step = {rows, n, group, g->head_dim, g->dtype, q, states};
+        p->gpu->kernels->step(&step);
+    }
+    for (uint32_t h = 0; h < group; h++)
+        finish(&states[h], g->head_dim, p->out + (q_head + h) * g->head_dim, p->lse ? p->lse + q_head + h : NULL);
+    __atomic_fetch_add(&p->pool, pool, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&p->attended, count, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&p->seen, where.visible, __ATOMIC_RELAXED);
+}
+
+int gpu_attend_rows(struct gpu *gpu, const struct gpu_select_args *a, const struct gpu_rows *rows, const void *gathered,
+                    float *out, float *lse)
+{
+    uint64_t begin = gpu_now_ns();
+    struct attend p = {.gpu = gpu,
+                       .a = a,
+                       .rows = rows,
+                       .gathered = gathered,
+                       .scale = gpu_scale(a->policy.scale, a->geom),
+                       .out = out,
+                       .lse = lse};
+    uint32_t queries = gpu_queries(a->views, a->seqs);
+    gpu_team_run(&gpu->team, attend_one, &p, (uint64_t)queries * a->geom->kv_heads);
+    if (a->explain) {
+        a->explain->sparse += queries;
+        a->explain->attended += p.attended;
+        a->explain->seen += p.seen;
+        a->explain->rows_pool += p.pool;
+        a->explain->rows_arena += p.attended - p.pool;
+        a->explain->attend_ns += gpu_now_ns() - begin;
+    }
+    return 0;
+}
+
+/* ---- dense ---- */
+
+struct dense {
+    struct gpu *gpu;
+    const struct gpu_dense_args *a;
+    float scale;
+    uint64_t pool, arena;
+};
+
+static void dense_one(void *context, uint64_t item, uint32_t thread)
+{
+    (void)thread;
+    struct dense *p = context;
+    const struct gpu_dense_args *a = p->a;
+    const struct pkv_geom *g = a->geom;
+    uint32_t query = (uint32_t)(item / g->kv_heads), head = (uint32_t)(item % g->kv_heads), group = pkv_geom_group(g);
+    struct gpu_query where = gpu_query_find(a->views, a->seqs, query);
+    uint64_t q_head = (uint64_t)query * g->q_heads + (uint64_t)head * group, pool = 0, arena = 0;
+    float q[PKV_GROUP_MAX * PKV_HEAD_DIM_MAX];
+    struct gpu_softmax states[PKV_GROUP_MAX];
+    load_queries(p->gpu->kernels, g, a->q, q_head, group, p->scale, q);
+    for (uint32_t h = 0; h < group; h++) {
+        if (a->start) {
+            a->max[q_head + h] = -INFINITY;
+            a->sum[q_head + h] = 0;
+            memset(a->out + (q_head + h) * g->head_dim, 0, g->head_dim * sizeof(float));
+        }
+        states[h] = (struct gpu_softmax){a->max[q_head + h], a->sum[q_head + h], a->out + (q_head + h) * g->head_dim};
+    }
+    uint64_t end = PKV_MIN((uint64_t)pkv_tokens_blocks(where.visible), (uint64_t)a->first_block + a->blocks);
+    for (uint64_t b = a->first_block; b < end; b++) {
+        const void *rows[PKV_BLOCK_TOKENS];
+        uint64_t place = where.view->blocks[b].rows;
+        uint32_t n = (uint32_t)PKV_MIN(PKV_BLOCK_TOKENS, where.visible - b * PKV_BLOCK_TOKENS);
+        const char *block = gpu_place(&a->space, place, pkv_geom_block_bytes(g));
+        for (uint32_t i = 0; i < n; i++)
+            rows[i] = block + pkv_geom_row_offset(g, head, i);
+        *(pkv_place_tier(place) == PKV_TIER_POOL ? &pool : &arena) += n;
+        struct gpu_step step = {rows, n, group, g->head_dim, g->dtype, q, states};
+        p->gpu->kernels->step(&step);
+    }
+    for (uint32_t h = 0; h < group; h++) {
+        a->max[q_head + h] = states[h].max;
+        a->sum[q_head + h] = states[h].sum;
+        if (a->finish)
+            finish(&states[h], g->head_dim, states[h].out, a->lse ? a->lse + q_head + h : NULL);
+    }
+    __atomic_fetch_add(&p->pool, pool, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&p->arena, arena, __ATOMIC_RELAXED);
+}
+
+int gpu_dense(struct gpu *gpu, const struct gpu_dense_args *a)
+{
+    int r = gpu_check_views(gpu, a->geom, &a->space, a->seqs, a->views, a->q, false);
+    if (r)
+        return r;
+    uint64_t begin = gpu_now_ns();
+    struct dense p = {.gpu = gpu, .a = a, .scale = gpu_scale(a->scale, a->geom)};
+    uint32_t queries = gpu_queries(a->views, a->seqs);
+    gpu_team_run(&gpu->team, dense_one, &p, (uint64_t)queries * a->geom->kv_heads);
+    if (a->explain) {
+        a->explain->dense += a->finish ? queries : 0;
+        a->explain->attended += p.pool + p.arena;
+        a->explain->seen += p.pool + p.arena;
+        a->explain->rows_pool += p.pool;
+        a->explain->rows_arena += p.arena;
+        a->explain->attend_ns += gpu_now_ns() - begin;
+    }
+    return 0;
+}
+
+/* ---- the whole attend ---- */
+
+static int attend_dense(struct gpu *gpu, const struct gpu_attend_args *a, const struct gpu_view *view, const void *q,
+                        float *out, float *lse)
+{
+    uint64_t heads = (uint64_t)view->queries * a->geom->q_heads;
+    float *state = gpu_buffer_get(&gpu->shared[GPU_SHARED_STATE], 2 * heads * sizeof(float));
+    if (!state)
+        return -PKV_ERR_NO_MEMORY;
+    struct gpu_dense_args dense = {.geom = a->geom,
+                                   .space = a->space,
+                                   .scale = a->policy.scale,
+                                   .seqs = 1,
+                                   .views = view,
+                                   .q = q,
+                                   .blocks = UINT32_MAX,
+                                   .start = true,
+                                   .finish = true,
+                                   .out = out,
+                                   .max = state,
+                                   .sum = state + heads,
+                                   .lse = lse,
+                                   .explain = a->explain};
+    return gpu_dense(gpu, &dense);
+}
+
+static int attend_sparse(struct gpu *gpu, const struct gpu_attend_args *a, const struct gpu_view *view, const void *q,
+                         float *out, float *lse)
+{
+    const struct pkv_geom *g = a->geom;
+    uint64_t heads = (uint64_t)view->queries * g->q_heads, lists = (uint64_t)view->queries * g->kv_heads;
+    struct gpu_rows rows = {.rows_max = a->policy.sinks + a->policy.recent + a->policy.k};
+    int8_t *weights = gpu_buffer_get(&gpu->shared[GPU_SHARED_WEIGHTS], heads * g->sig_bits);
+    float *scales = gpu_buffer_get(&gpu->shared[GPU_SHARED_SCALES], heads * sizeof(float));
+    rows.count = gpu_buffer_get(&gpu->shared[GPU_SHARED_ROWS], (lists + lists * rows.rows_max) * sizeof(uint32_t));
+    if (!weights || !scales || !rows.count)
+        return -PKV_ERR_NO_MEMORY;
+    rows.index = rows.count + lists;
+    uint64_t begin = gpu_now_ns();
+    struct gpu_weights_args sign = {g, a->scheme, a->layer, view->queries, a->policy.scale, q, weights, scales};
+    int r = gpu_weights(gpu, &sign);
+    if (r)
+        return r;
+    if (a->explain)
+        a->explain->sign_ns += gpu_now_ns() - begin;
+    struct gpu_select_args select = {g, a->space, a->policy, 1, view, q, weights, scales, a->explain};
+    r = gpu_select(gpu, &select, &rows);
+    return r ? r : gpu_attend_rows(gpu, &select, &rows, NULL, out, lse);
+}
+
+int gpu_attend(struct gpu *gpu, const struct gpu_attend_args *a)
+{
+    int r = gpu_check_views(gpu, a->geom, &a->space, a->seqs, a->views, a->q, true);
+    if (r)
+        return r;
+    uint64_t done = 0, q_bytes = (uint64_t)a->geom->head_dim * pkv_dtype_bytes(a->geom->dtype);
+    for (uint32_t s = 0; s < a->seqs && !r; s++) {
+        const struct gpu_view *view = &a->views[s];
+        const void *q = (const char *)a->q + done * a->geom->q_heads * q_bytes;
+        float *out = a->out + done * a->geom->q_heads * a->geom->head_dim;
+        float *lse = a->lse ? a->lse + done * a->geom->q_heads : NULL;
+        bool dense =
+            view->tokens < a->policy.dense_below || view->tokens <= (uint64_t)a->policy.sinks + a->policy.recent + a->policy.k;
+        /* A k of nothing or beyond the length is the caller's mistake, unless the sequence is dense by its own wish. */
+        if (dense && view->tokens >= a->policy.dense_below && (!a->policy.k || a->policy.k > view->tokens))
+            return a->policy.k ? -PKV_ERR_BUDGET_LENGTH : -PKV_ERR_BUDGET;
+        r = dense ? attend_dense(gpu, a, view, q, out, lse) : attend_sparse(gpu, a, view, q, out, lse);
+        done += view->queries;
+    }
+    return r;
+}

@@ -1,0 +1,59 @@
+/* What a backend of the host must do: one struct per kernel, one table of functions. Private to gpu.
+ *
+ * The kernels are written once in plain C with sixteen explicit lanes and compiled per instruction set: without
+ * reassociation the compiler may use wider registers but not change a bit. */
+#ifndef GPU_KERNEL_H
+#define GPU_KERNEL_H
+
+#include "gpu/gpu.h"
+
+#define GPU_LANES 16
+
+/* Rows that one step of attention merges: the partial sums of a step do not depend on where the rows lie. */
+#define GPU_ATTEND_STEP 64
+
+/* Scores one kv head's candidates of one query token: codes[t] for first <= t < last, and their histogram. */
+struct gpu_scan {
+    const uint32_t *const *signatures; /* [blocks] of this kv head: [16][words][4] */
+    uint32_t first, last;              /* tokens */
+    uint32_t group, words;
+    const int8_t *weights; /* [group][words * 32] */
+    const float *scales;   /* [group] */
+    const float *biases;   /* [group], log2 units */
+    uint32_t rule;         /* enum pkv_rule */
+    int32_t low;           /* integer rules: the least score */
+    uint32_t shift;
+    int16_t *tables;     /* scratch [group][words * 4][256] */
+    uint16_t *codes;     /* [last]; entries below first are not written */
+    uint32_t *histogram; /* [codes], zero on entry */
+};
+
+/* Running state of exact attention of one q head. */
+struct gpu_softmax {
+    float max, sum; /* of exp(score - max), natural units */
+    float *out;     /* [head_dim], not yet divided */
+};
+
+/* Merges `count` rows (at most GPU_ATTEND_STEP) into the states of a group of q heads. */
+struct gpu_step {
+    const void *const *rows; /* [count] K then V */
+    uint32_t count, group, head_dim, dtype;
+    const float *q;             /* [group][head_dim], scaled */
+    struct gpu_softmax *states; /* [group] */
+};
+
+struct gpu_kernels {
+    const char *name;
+    void (*scan)(const struct gpu_scan *args);
+    void (*step)(const struct gpu_step *args);
+    void (*to_float)(const void *from, uint32_t dtype, float *to, uint64_t count);
+    int (*finite)(const void *from, uint32_t dtype, uint64_t count); /* 1 if every number is finite */
+    float (*dot)(const float *a, const void *b, uint32_t dtype, uint32_t count);
+};
+
+extern const struct gpu_kernels gpu_kernels_c, gpu_kernels_avx2, gpu_kernels_avx512;
+
+/* The best table that the CPU can run, or the named one; NULL if it is unknown or the CPU lacks it. */
+const struct gpu_kernels *gpu_kernels_choose(const char *name);
+
+#endif

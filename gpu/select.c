@@ -1,0 +1,280 @@
+/* Select: which rows each query token and kv head attends. Reads like the paper: reference over sinks and recent, scan,
+ * exact counting top-k, ascending lists. One task is one query token and kv head. */
+#include "gpu/code.h"
+#include "gpu/internal.h"
+
+#include "proto/check.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+struct select {
+    struct gpu *gpu;
+    const struct gpu_select_args *a;
+    const struct gpu_rows *rows;
+    float scale;
+    uint64_t scan_ns, select_ns;
+    int no_memory;
+};
+
+/* The candidates of one query: tokens that are neither sinks nor recent. */
+struct span {
+    uint32_t visible, first, last;
+};
+
+static struct span span_of(const struct gpu_policy *p, uint32_t visible)
+{
+    struct span s = {visible, PKV_MIN(p->sinks, visible), visible};
+    uint32_t recent = PKV_MIN(p->recent, visible - s.first);
+    s.last = visible - recent;
+    return s;
+}
+
+static const char *row_of(const struct gpu_select_args *a, const struct gpu_view *view, uint32_t head, uint32_t token)
+{
+    const char *block = gpu_place(&a->space, view->blocks[token / PKV_BLOCK_TOKENS].rows, pkv_geom_block_bytes(a->geom));
+    return block + pkv_geom_row_offset(a->geom, head, token % PKV_BLOCK_TOKENS);
+}
+
+static int32_t integer_score(const struct gpu_select_args *a, const uint32_t *signatures, uint32_t token, const int8_t *w)
+{
+    uint32_t words = pkv_geom_words(a->geom), in = token % PKV_BLOCK_TOKENS;
+    int32_t sum = 0;
+    for (uint32_t b = 0; b < words * 32; b++)
+        if (signatures[(in / 4) * 4 * words + (b / 32) * 4 + in % 4] >> b % 32 & 1)
+            sum += w[b];
+    return sum;
+}
+
+/* Bias of one q head, log2 units: minus the log-sum-exp of the exact scores over sinks and recent, plus the mean
+ * difference of exact and estimated scores over the recent tokens (over the sinks where there are none): signatures know a
+ * score up to a constant per query. */
+static float bias_of(const struct select *s, const struct gpu_view *view, uint32_t head, const void *q, const int8_t *weights,
+                     float unit, const struct span *span, const uint32_t *const *signatures)
+{
+    const struct gpu_select_args *a = s->a;
+    const struct gpu_kernels *k = s->gpu->kernels;
+    const float log2e = 1.44269504f;
+    float query[PKV_HEAD_DIM_MAX], max = -INFINITY, sum = 0, shift = 0;
+    k->to_float(q, a->geom->dtype, query, a->geom->head_dim);
+    uint32_t fitted = 0, recent = span->visible - span->last;
+    for (uint32_t t = 0; t < span->visible; t = t + 1 == span->first ? span->last : t + 1) {
+        if (t >= span->first && t < span->last)
+            t = span->last; /* no sinks */
+        if (t >= span->visible)
+            break;
+        float exact = k->dot(query, row_of(a, view, head, t), a->geom->dtype, a->geom->head_dim) * s->scale * log2e;
+        float above = exact > max ? exact : max;
+        sum = sum * exp2f(max - above) + exp2f(exact - above);
+        max = above;
+        if (t >= span->last || !recent) {
+            shift += exact - unit * (float)integer_score(a, signatures[t / PKV_BLOCK_TOKENS], t, weights);
+            fitted++;
+        }
+    }
+    if (!fitted)
+        return 0;
+    return shift / (float)fitted - (max + log2f(sum));
+}
+
+/* How many of the best to take: k, or fewer under top-p. */
+static uint32_t budget_of(const struct gpu_policy *p, const uint32_t *histogram, uint32_t candidates, uint32_t group)
+{
+    uint32_t k = PKV_MIN(p->k, candidates);
+    if (p->top_p <= 0)
+        return k;
+    double total = group; /* the reference: sinks and recent weigh one per q head */
+    for (uint32_t c = 1; c <= GPU_CODE_SOFTMAX_MAX; c++)
+        total += histogram[c] * gpu_code_mass(c);
+    double missing = p->top_p * total - group;
+    uint32_t taken = 0;
+    for (uint32_t c = GPU_CODE_SOFTMAX_MAX; c > 0 && missing > 0 && taken < k; c--) {
+        double each = gpu_code_mass(c);
+        if (histogram[c] * each < missing) {
+            missing -= histogram[c] * each;
+            taken += histogram[c];
+        } else {
+            taken += (uint32_t)ceil(missing / each);
+            missing = 0;
+        }
+    }
+    return PKV_MIN(taken, k);
+}
+
+/* Sinks, the k best in ascending order with ties to the lower index, recent. Returns the length. */
+static uint32_t write_list(const struct span *span, const uint16_t *codes, const uint32_t *histogram, uint32_t k,
+                           uint32_t *index, uint16_t *score)
+{
+    uint32_t threshold = GPU_CODES, above = 0, n = 0;
+    while (k && threshold > 1 && above + histogram[threshold - 1] < k)
+        above += histogram[--threshold];
+    threshold--;
+    uint32_t ties = k - above;
+    for (uint32_t t = 0; t < span->first; t++)
+        index[n++] = t;
+    for (uint32_t t = span->first; k && t < span->last; t++) {
+        if (codes[t] < threshold || (codes[t] == threshold && !ties))
+            continue;
+        ties -= codes[t] == threshold;
+        if (score)
+            score[n] = codes[t];
+        index[n++] = t;
+    }
+    for (uint32_t t = span->last; t < span->visible; t++)
+        index[n++] = t;
+    return n;
+}
+
+static void scan_args(const struct select *s, struct gpu_scan *scan)
+{
+    if (scan->rule == PKV_RULE_SOFTMAX)
+        return;
+    int32_t low = 0, high = 0, least = INT32_MAX, most = INT32_MIN;
+    uint32_t bits = s->a->geom->sig_bits;
+    for (uint32_t h = 0; h < scan->group; h++) {
+        int32_t negative = 0, positive = 0;
+        for (uint32_t b = 0; b < bits; b++) {
+            int32_t w = scan->weights[(uint64_t)h * bits + b];
+            negative += w < 0 ? w : 0;
+            positive += w > 0 ? w : 0;
+        }
+        low += negative, high += positive;
+        least = PKV_MIN(least, negative), most = PKV_MAX(most, positive);
+    }
+    scan->low = scan->rule == PKV_RULE_SUM ? low : least;
+    scan->shift = gpu_code_shift(scan->low, scan->rule == PKV_RULE_SUM ? high : most);
+}
+
+struct scratch {
+    uint16_t *codes;
+    uint32_t *histogram;
+    int16_t *tables;
+    const uint32_t **signatures;
+};
+
+static bool scratch_get(struct gpu *gpu, uint32_t thread, const struct pkv_geom *g, uint32_t visible, struct scratch *s)
+{
+    struct gpu_buffer *b = gpu->buffers[thread];
+    s->codes = gpu_buffer_get(&b[GPU_BUF_CODES], (uint64_t)visible * sizeof(uint16_t));
+    s->histogram = gpu_buffer_get(&b[GPU_BUF_HISTOGRAM], GPU_CODES * sizeof(uint32_t));
+    s->tables = gpu_buffer_get(&b[GPU_BUF_TABLES], (uint64_t)PKV_GROUP_MAX * g->sig_bits / 8 * 256 * sizeof(int16_t));
+    s->signatures = gpu_buffer_get(&b[GPU_BUF_POINTERS], pkv_tokens_blocks(visible) * sizeof(void *));
+    return s->codes && s->histogram && s->tables && s->signatures;
+}
+
+static void select_one(void *context, uint64_t item, uint32_t thread)
+{
+    struct select *s = context;
+    const struct gpu_select_args *a = s->a;
+    const struct pkv_geom *g = a->geom;
+    uint32_t query = (uint32_t)(item / g->kv_heads), head = (uint32_t)(item % g->kv_heads), group = pkv_geom_group(g);
+    struct gpu_query where = gpu_query_find(a->views, a->seqs, query);
+    struct span span = span_of(&a->policy, where.visible);
+    struct scratch x;
+    if (!scratch_get(s->gpu, thread, g, where.visible, &x)) {
+        __atomic_store_n(&s->no_memory, 1, __ATOMIC_RELAXED);
+        return;
+    }
+    uint64_t begin = gpu_now_ns();
+    for (uint32_t b = 0; b < pkv_tokens_blocks(where.visible); b++)
+        x.signatures[b] = (const uint32_t *)(const void *)(gpu_place(&a->space, where.view->blocks[b].signatures,
+                                                                     pkv_geom_sig_block_bytes(g)) +
+                                                           pkv_geom_sig_index(g, head, 0, 0) * 4ull);
+    memset(x.histogram, 0, GPU_CODES * sizeof(uint32_t));
+    uint64_t q_head = (uint64_t)query * g->q_heads + (uint64_t)head * group;
+    const int8_t *weights = a->weights + q_head * g->sig_bits;
+    float biases[PKV_GROUP_MAX] = {0};
+    for (uint32_t h = 0; h < group && a->policy.rule == PKV_RULE_SOFTMAX; h++)
+        biases[h] = bias_of(s, where.view, head, (const char *)a->q + (q_head + h) * g->head_dim * pkv_dtype_bytes(g->dtype),
+                            weights + (uint64_t)h * g->sig_bits, a->scales[q_head + h], &span, x.signatures);
+    struct gpu_scan scan = {.signatures = x.signatures,
+                            .first = span.first,
+                            .last = span.last,
+                            .group = group,
+                            .words = pkv_geom_words(g),
+                            .weights = weights,
+                            .scales = a->scales + q_head,
+                            .biases = biases,
+                            .rule = a->policy.rule,
+                            .tables = x.tables,
+                            .codes = x.codes,
+                            .histogram = x.histogram};
+    scan_args(s, &scan);
+    s->gpu->kernels->scan(&scan);
+    uint64_t scanned = gpu_now_ns();
+    uint32_t k = budget_of(&a->policy, x.histogram, span.last - span.first, group);
+    uint64_t list = item * s->rows->rows_max;
+    if (s->rows->score)
+        memset(s->rows->score + list, 0, s->rows->rows_max * sizeof(uint16_t));
+    s->rows->count[item] =
+        write_list(&span, x.codes, x.histogram, k, s->rows->index + list, s->rows->score ? s->rows->score + list : NULL);
+    __atomic_fetch_add(&s->scan_ns, scanned - begin, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&s->select_ns, gpu_now_ns() - scanned, __ATOMIC_RELAXED);
+}
+
+static int check_policy(const struct gpu_select_args *a)
+{
+    for (uint32_t s = 0; s < a->seqs; s++) {
+        struct pkv_select_args wire = {.tokens = a->views[s].tokens,
+                                       .queries = a->views[s].queries,
+                                       .k = a->policy.k,
+                                       .top_p = a->policy.top_p,
+                                       .scale = gpu_scale(a->policy.scale, a->geom),
+                                       .sinks = a->policy.sinks,
+                                       .recent = a->policy.recent,
+                                       .rule = a->policy.rule};
+        enum pkv_err e = pkv_check_select(&wire);
+        if (e != PKV_ERR_OK)
+            return -(int)e;
+    }
+    return 0;
+}
+
+int gpu_select(struct gpu *gpu, const struct gpu_select_args *a, const struct gpu_rows *rows)
+{
+    int r = gpu_check_views(gpu, a->geom, &a->space, a->seqs, a->views, a->q, true);
+    if (!r)
+        r = check_policy(a);
+    if (r)
+        return r;
+    if (rows->rows_max < a->policy.sinks + a->policy.recent + a->policy.k)
+        return -PKV_ERR_SHAPE;
+    struct select s = {.gpu = gpu, .a = a, .rows = rows, .scale = gpu_scale(a->policy.scale, a->geom)};
+    uint64_t items = (uint64_t)gpu_queries(a->views, a->seqs) * a->geom->kv_heads;
+    gpu_team_run(&gpu->team, select_one, &s, items);
+    if (s.no_memory)
+        return -PKV_ERR_NO_MEMORY;
+    if (a->explain) {
+        a->explain->scan_ns += s.scan_ns;
+        a->explain->select_ns += s.select_ns;
+    }
+    return 0;
+}
+
+struct gather {
+    const struct gpu_select_args *a;
+    const struct gpu_rows *rows;
+    char *to;
+};
+
+static void gather_one(void *context, uint64_t item, uint32_t thread)
+{
+    (void)thread;
+    struct gather *p = context;
+    const struct pkv_geom *g = p->a->geom;
+    uint32_t query = (uint32_t)(item / g->kv_heads), head = (uint32_t)(item % g->kv_heads);
+    const struct gpu_view *view = gpu_query_find(p->a->views, p->a->seqs, query).view;
+    uint64_t bytes = pkv_geom_row_bytes(g), list = item * p->rows->rows_max;
+    for (uint32_t i = 0; i < p->rows->count[item]; i++)
+        memcpy(p->to + (list + i) * bytes, row_of(p->a, view, head, p->rows->index[list + i]), bytes);
+}
+
+int gpu_gather(struct gpu *gpu, const struct gpu_select_args *a, const struct gpu_rows *rows, void *ret)
+{
+    uint64_t begin = gpu_now_ns();
+    struct gather p = {a, rows, ret};
+    gpu_team_run(&gpu->team, gather_one, &p, (uint64_t)gpu_queries(a->views, a->seqs) * a->geom->kv_heads);
+    if (a->explain)
+        a->explain->gather_ns += gpu_now_ns() - begin;
+    return 0;
+}

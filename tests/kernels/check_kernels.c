@@ -1,0 +1,398 @@
+/* The kernels against a second, naive reference (double precision, sorting), and every instruction set against plain C bit
+ * for bit, over random shapes with ragged tails.
+ * usage: check_kernels [SEED [CASES]] */
+#include "gpu/code.h"
+#include "gpu/gpu.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+
+static uint64_t state;
+
+static uint64_t random_next(void)
+{
+    state += 0x9e3779b97f4a7c15ull; /* splitmix64 */
+    uint64_t z = state;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ (z >> 31);
+}
+static uint32_t below(uint32_t n)
+{
+    return (uint32_t)(random_next() % n);
+}
+static float gaussian(void)
+{
+    float u = ((float)(random_next() >> 40) + 0.5f) * 0x1p-24f, v = (float)(random_next() >> 40) * 0x1p-24f;
+    return sqrtf(-2 * logf(u)) * cosf(6.2831853f * v);
+}
+
+#define MUST(holds)                                                                               \
+    do {                                                                                          \
+        if (!(holds)) {                                                                           \
+            printf("%s:%d: %s does not hold (see the case above)\n", __FILE__, __LINE__, #holds); \
+            exit(1);                                                                              \
+        }                                                                                         \
+    } while (0)
+
+static void *take(uint64_t bytes)
+{
+    void *p = aligned_alloc(64, PKV_ALIGN_UP(bytes + 1, 64));
+    MUST(p);
+    return p;
+}
+
+/* Halves whose lowest mantissa bits are zero, so that a float holds them exactly. */
+static void put(void *to, uint32_t dtype, uint64_t i, float v)
+{
+    uint32_t bits;
+    memcpy(&bits, &v, sizeof(bits));
+    if (dtype == PKV_F32) {
+        ((float *)to)[i] = v;
+    } else if (dtype == PKV_BF16) {
+        ((uint16_t *)to)[i] = (uint16_t)(bits >> 16);
+    } else {
+        int exponent = (int)(bits >> 23 & 255) - 112;
+        uint32_t half = exponent <= 0 ? 0 : exponent >= 31 ? 0x7bffu : (uint32_t)exponent << 10 | (bits >> 13 & 0x3ff);
+        ((uint16_t *)to)[i] = (uint16_t)(half | (bits >> 16 & 0x8000));
+    }
+}
+static double get(const void *from, uint32_t dtype, uint64_t i)
+{
+    if (dtype == PKV_F32)
+        return ((const float *)from)[i];
+    uint16_t h = ((const uint16_t *)from)[i];
+    if (dtype == PKV_BF16) {
+        uint32_t bits = (uint32_t)h << 16;
+        float v;
+        memcpy(&v, &bits, sizeof(v));
+        return v;
+    }
+    double m = (h >> 10 & 31) ? ldexp(1024 + (h & 1023), (h >> 10 & 31) - 25) : ldexp(h & 1023, -24);
+    return h & 0x8000 ? -m : m;
+}
+
+/* One sequence in one chunk of each tier: even blocks in the pool, odd ones in the arena. */
+struct world {
+    struct pkv_geom g;
+    uint32_t tokens, queries, blocks;
+    struct gpu_policy policy;
+    uint64_t *pool, *arena;
+    struct pkv_block_ref *refs;
+    struct gpu_space space;
+    struct gpu_view view;
+    void *k, *v, *q;
+    int8_t *weights;
+    float *scales;
+};
+
+static void world_data(struct world *w)
+{
+    const struct pkv_geom *g = &w->g;
+    uint64_t kv = (uint64_t)w->tokens * g->kv_heads * g->head_dim, nq = (uint64_t)w->queries * g->q_heads * g->head_dim;
+    w->k = take(kv * 4), w->v = take(kv * 4), w->q = take(nq * 4);
+    for (uint64_t i = 0; i < kv; i++)
+        put(w->k, g->dtype, i, gaussian() + 0.5f), put(w->v, g->dtype, i, gaussian());
+    for (uint64_t i = 0; i < nq; i++)
+        put(w->q, g->dtype, i, gaussian() * 2);
+    w->weights = take((uint64_t)w->queries * g->q_heads * g->sig_bits);
+    w->scales = take((uint64_t)w->queries * g->q_heads * 4);
+}
+
+static void world_places(struct world *w)
+{
+    uint64_t rows = pkv_geom_block_bytes(&w->g), signatures = pkv_geom_sig_block_bytes(&w->g);
+    w->blocks = pkv_tokens_blocks(w->tokens);
+    char *pool = take(w->blocks * rows), *arena = take(w->blocks * rows), *sig = take(w->blocks * signatures);
+    memset(sig, 0, w->blocks * signatures);
+    w->pool = calloc(PKV_CHUNKS_MAX, 8), w->arena = calloc(PKV_CHUNKS_MAX, 8);
+    w->refs = calloc(w->blocks, sizeof(*w->refs));
+    MUST(w->pool && w->arena && w->refs);
+    w->pool[3] = (uintptr_t)pool, w->arena[7] = (uintptr_t)arena, w->pool[5] = (uintptr_t)sig;
+    for (uint32_t b = 0; b < w->blocks; b++) {
+        w->refs[b].rows = b % 2 ? pkv_place(PKV_TIER_ARENA, 7, b, 1) : pkv_place(PKV_TIER_POOL, 3, w->blocks - 1 - b, 2);
+        w->refs[b].signatures = pkv_place(PKV_TIER_POOL, 5, b, 3);
+    }
+    w->space.base[PKV_TIER_POOL] = w->pool, w->space.base[PKV_TIER_ARENA] = w->arena;
+    w->view = (struct gpu_view){.blocks = w->refs, .tokens = w->tokens, .queries = w->queries};
+}
+
+static void world_free(struct world *w)
+{
+    free((void *)(uintptr_t)w->pool[3]), free((void *)(uintptr_t)w->arena[7]), free((void *)(uintptr_t)w->pool[5]);
+    free(w->pool), free(w->arena), free(w->refs), free(w->k), free(w->v), free(w->q), free(w->weights), free(w->scales);
+}
+
+static struct world world_random(void)
+{
+    static const uint16_t dims[] = {64, 96, 128, 256}, groups[] = {1, 2, 3, 4, 7, 16};
+    struct world w = {0};
+    w.g.kv_heads = (uint16_t)(1 + below(3)), w.g.q_heads = (uint16_t)(w.g.kv_heads * groups[below(6)]);
+    w.g.layers = 2, w.g.head_dim = dims[below(4)], w.g.dtype = (uint16_t)below(3);
+    w.g.sig_bits = (uint16_t)(32 * (1 + below(8)));
+    w.tokens = 1 + below(below(4) ? 700 : 3000), w.queries = 1 + below(PKV_MIN(3u, w.tokens));
+    w.policy = (struct gpu_policy){.k = 1 + below(w.tokens), .sinks = below(100), .recent = below(100), .rule = below(3)};
+    if (w.policy.rule == PKV_RULE_SOFTMAX && below(3) == 0)
+        w.policy.top_p = 0.05f + 0.01f * (float)below(95);
+    printf("kv %u group %u dim %u dtype %u bits %u tokens %u queries %u k %u sinks %u recent %u rule %u top_p %g\n",
+           w.g.kv_heads, pkv_geom_group(&w.g), w.g.head_dim, w.g.dtype, w.g.sig_bits, w.tokens, w.queries, w.policy.k,
+           w.policy.sinks, w.policy.recent, w.policy.rule, w.policy.top_p);
+    world_data(&w);
+    world_places(&w);
+    return w;
+}
+
+/* Everything that one table of kernels makes of a world. */
+struct result {
+    struct gpu_rows rows;
+    float *out, *lse, *dense_out, *dense_lse, *state;
+    char *gathered;
+};
+
+static void fill(struct gpu *gpu, struct gpu_scheme *scheme, struct world *w)
+{
+    uint32_t cut = below(w->tokens); /* two appends: ragged borders */
+    uint64_t bytes = (uint64_t)w->g.kv_heads * w->g.head_dim * pkv_dtype_bytes(w->g.dtype);
+    gpu_scheme_observe(scheme, 1, 0, w->tokens, w->k);
+    for (uint32_t first = 0; first < w->tokens; first = first ? w->tokens : cut ? cut : w->tokens) {
+        uint32_t n = first || !cut ? w->tokens - first : cut;
+        struct gpu_append_args a = {
+            &w->g, w->space, w->refs, first, n, (char *)w->k + first * bytes, (char *)w->v + first * bytes, 0, 0};
+        MUST(gpu_append(gpu, &a) == 0);
+        struct gpu_sign_args s = {&w->g, w->space, scheme, 1, w->refs, first, n};
+        MUST(gpu_sign(gpu, &s) == 0);
+    }
+}
+
+static void run(struct gpu *gpu, struct gpu_scheme *scheme, struct world *w, struct result *r)
+{
+    uint64_t heads = (uint64_t)w->queries * w->g.q_heads, lists = (uint64_t)w->queries * w->g.kv_heads;
+    r->rows.rows_max = w->policy.k + w->policy.sinks + w->policy.recent;
+    uint64_t entries = lists * r->rows.rows_max;
+    r->rows.index = take(entries * 4), r->rows.count = take(lists * 4), r->rows.score = take(entries * 2);
+    memset(r->rows.index, 0, entries * 4);
+    r->out = take(heads * w->g.head_dim * 4), r->lse = take(heads * 4), r->state = take(heads * 8);
+    r->dense_out = take(heads * w->g.head_dim * 4), r->dense_lse = take(heads * 4);
+    r->gathered = take(entries * pkv_geom_row_bytes(&w->g));
+    struct gpu_weights_args weights = {&w->g, scheme, 1, w->queries, 0, w->q, w->weights, w->scales};
+    MUST(gpu_weights(gpu, &weights) == 0);
+    struct gpu_select_args a = {&w->g, w->space, w->policy, 1, &w->view, w->q, w->weights, w->scales, NULL};
+    MUST(gpu_select(gpu, &a, &r->rows) == 0);
+    MUST(gpu_gather(gpu, &a, &r->rows, r->gathered) == 0);
+    MUST(gpu_attend_rows(gpu, &a, &r->rows, NULL, r->out, r->lse) == 0);
+    float *again = take(heads * w->g.head_dim * 4);
+    MUST(gpu_attend_rows(gpu, &a, &r->rows, r->gathered, again, NULL) == 0);
+    MUST(!memcmp(again, r->out, heads * w->g.head_dim * 4)); /* gathered rows give the same bits */
+    free(again);
+    uint32_t cut = below(w->blocks + 1);
+    struct gpu_dense_args d = {.geom = &w->g,
+                               .space = w->space,
+                               .seqs = 1,
+                               .views = &w->view,
+                               .q = w->q,
+                               .blocks = cut,
+                               .start = true,
+                               .out = r->dense_out,
+                               .max = r->state,
+                               .sum = r->state + heads,
+                               .lse = r->dense_lse};
+    MUST(gpu_dense(gpu, &d) == 0);
+    d.first_block = cut, d.blocks = UINT32_MAX, d.start = false, d.finish = true;
+    MUST(gpu_dense(gpu, &d) == 0);
+}
+
+static void result_free(struct result *r)
+{
+    free(r->rows.index), free(r->rows.count), free(r->rows.score), free(r->out), free(r->lse), free(r->state);
+    free(r->dense_out), free(r->dense_lse), free(r->gathered);
+}
+
+static void check_same(const struct world *w, const struct result *a, const struct result *b)
+{
+    uint64_t heads = (uint64_t)w->queries * w->g.q_heads, lists = (uint64_t)w->queries * w->g.kv_heads;
+    MUST(!memcmp(a->rows.count, b->rows.count, lists * 4));
+    for (uint64_t l = 0; l < lists; l++) {
+        uint64_t at = l * a->rows.rows_max;
+        MUST(!memcmp(a->rows.index + at, b->rows.index + at, a->rows.count[l] * 4ull));
+        MUST(!memcmp(a->rows.score + at, b->rows.score + at, a->rows.count[l] * 2ull));
+    }
+    MUST(!memcmp(a->out, b->out, heads * w->g.head_dim * 4) && !memcmp(a->lse, b->lse, heads * 4));
+    MUST(!memcmp(a->dense_out, b->dense_out, heads * w->g.head_dim * 4) && !memcmp(a->dense_lse, b->dense_lse, heads * 4));
+}
+
+/* Exact attention of one query and q head over a list (NULL: the first `count` tokens), in double. */
+static void naive_attend(const struct world *w, uint32_t query, uint32_t q_head, const uint32_t *index, uint32_t count,
+                         const float *out, float lse)
+{
+    const struct pkv_geom *g = &w->g;
+    uint32_t head = q_head / pkv_geom_group(g);
+    double sum = 0, got[PKV_HEAD_DIM_MAX] = {0}, max = -INFINITY, *score = take(count * 8ull);
+    for (uint32_t i = 0; i < count; i++) {
+        uint64_t t = index ? index[i] : i;
+        score[i] = 0;
+        for (uint32_t d = 0; d < g->head_dim; d++)
+            score[i] += get(w->q, g->dtype, ((uint64_t)query * g->q_heads + q_head) * g->head_dim + d) *
+                        get(w->k, g->dtype, (t * g->kv_heads + head) * g->head_dim + d) / sqrt(g->head_dim);
+        max = score[i] > max ? score[i] : max;
+    }
+    for (uint32_t i = 0; i < count; i++) {
+        uint64_t t = index ? index[i] : i;
+        double p = exp(score[i] - max);
+        sum += p;
+        for (uint32_t d = 0; d < g->head_dim; d++)
+            got[d] += p * get(w->v, g->dtype, (t * g->kv_heads + head) * g->head_dim + d);
+    }
+    MUST(fabs(lse - (max + log(sum))) < 1e-4 * (1 + fabs(max)));
+    for (uint32_t d = 0; d < g->head_dim; d++)
+        MUST(fabs(out[d] - got[d] / sum) < 1e-4);
+    free(score);
+}
+
+/* The list from its definition: integer scores bit by bit from the rotation's signs in the blocks, then a stable order.
+ * Only the integer rules are repeated exactly; for softmax the scores that select reports are checked for order. */
+static int32_t naive_score(const struct world *w, uint32_t query, uint32_t head, uint32_t token)
+{
+    const struct pkv_geom *g = &w->g;
+    const uint32_t *sig = (const uint32_t *)(uintptr_t)(w->pool[5] + (token / 64) * pkv_geom_sig_block_bytes(g));
+    int32_t total = 0, best = INT32_MIN;
+    for (uint32_t h = 0; h < pkv_geom_group(g); h++) {
+        int32_t s = 0;
+        uint64_t at = ((uint64_t)query * g->q_heads + head * pkv_geom_group(g) + h) * g->sig_bits;
+        for (uint32_t b = 0; b < g->sig_bits; b++)
+            s += (int32_t)(sig[pkv_geom_sig_index(g, head, token % 64, b / 32)] >> b % 32 & 1) * w->weights[at + b];
+        total += s, best = s > best ? s : best;
+    }
+    return w->policy.rule == PKV_RULE_SUM ? total : best;
+}
+
+static void check_list(const struct world *w, const struct result *r, uint32_t query, uint32_t head)
+{
+    uint64_t list = (uint64_t)query * w->g.kv_heads + head, at = list * r->rows.rows_max;
+    const uint32_t *index = r->rows.index + at, count = r->rows.count[list];
+    uint32_t visible = w->tokens - w->queries + 1 + query, first = PKV_MIN(w->policy.sinks, visible);
+    uint32_t last = visible - PKV_MIN(w->policy.recent, visible - first), chosen = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        MUST(index[i] < visible && (!i || index[i] > index[i - 1]));
+        chosen += index[i] >= first && index[i] < last;
+    }
+    MUST(count == first + (visible - last) + chosen && chosen <= PKV_MIN(w->policy.k, last - first));
+    MUST(w->policy.top_p > 0 || chosen == PKV_MIN(w->policy.k, last - first));
+    if (w->policy.rule == PKV_RULE_SOFTMAX)
+        return;
+    /* A token is chosen if and only if fewer than k candidates come before it: higher code, or equal and lower index. */
+    uint16_t *code = take(visible * 2ull);
+    int32_t low = INT32_MAX, shift_low = 0, shift_high = 0, least = INT32_MAX, most = INT32_MIN;
+    for (uint32_t h = 0; h < pkv_geom_group(&w->g); h++) {
+        int32_t n = 0, p = 0;
+        for (uint32_t b = 0; b < w->g.sig_bits; b++) {
+            int8_t x = w->weights[((uint64_t)query * w->g.q_heads + head * pkv_geom_group(&w->g) + h) * w->g.sig_bits + b];
+            *(x < 0 ? &n : &p) += x;
+        }
+        shift_low += n, shift_high += p, least = PKV_MIN(least, n), most = PKV_MAX(most, p);
+    }
+    low = w->policy.rule == PKV_RULE_SUM ? shift_low : least;
+    uint32_t shift = gpu_code_shift(low, w->policy.rule == PKV_RULE_SUM ? shift_high : most);
+    for (uint32_t t = first; t < last; t++)
+        code[t] = gpu_code_integer(naive_score(w, query, head, t), low, shift);
+    for (uint32_t t = first, i = first; t < last; t++) {
+        uint32_t before = 0;
+        for (uint32_t o = first; o < last; o++)
+            before += code[o] > code[t] || (code[o] == code[t] && o < t);
+        bool listed = i < count && index[i] == t;
+        MUST(listed == (before < w->policy.k));
+        MUST(!listed || r->rows.score[at + i] == code[t]);
+        i += listed;
+    }
+    free(code);
+}
+
+static void check_naive(const struct world *w, const struct result *r)
+{
+    for (uint32_t query = 0; query < w->queries; query++) {
+        for (uint32_t head = 0; head < w->g.kv_heads; head++)
+            check_list(w, r, query, head);
+        for (uint32_t q_head = 0; q_head < w->g.q_heads; q_head += 1 + below(4)) {
+            uint64_t at = (uint64_t)query * w->g.q_heads + q_head;
+            uint64_t list = (uint64_t)query * w->g.kv_heads + q_head / pkv_geom_group(&w->g);
+            naive_attend(w, query, q_head, r->rows.index + list * r->rows.rows_max, r->rows.count[list],
+                         r->out + at * w->g.head_dim, r->lse[at]);
+            naive_attend(w, query, q_head, NULL, w->tokens - w->queries + 1 + query, r->dense_out + at * w->g.head_dim,
+                         r->dense_lse[at]);
+        }
+    }
+}
+
+static void check_case(void)
+{
+    static const struct gpu_options options[] = {
+        {"host", "c", 1}, {"host", "c", 3}, {"host", "avx2", 2}, {"host", "avx512", 2}};
+    struct world w = world_random();
+    struct result first = {0};
+    for (size_t i = 0; i < PKV_ARRAY_LEN(options); i++) {
+        struct gpu *gpu;
+        int opened = gpu_open(&options[i], &gpu);
+        if (opened == -PKV_ERR_UNSUPPORTED && i >= 2)
+            continue;
+        MUST(opened == 0);
+        struct gpu_scheme *scheme;
+        uint8_t digest[PKV_DIGEST_BYTES];
+        MUST(gpu_scheme_open(PKV_SCHEME_SIGN, &w.g, NULL, &scheme, digest) == 0);
+        uint64_t seed = state;
+        struct result r = {0};
+        fill(gpu, scheme, &w);
+        run(gpu, scheme, &w, &r);
+        state = seed;
+        if (i == 0) {
+            check_naive(&w, &r);
+            first = r;
+        } else {
+            check_same(&w, &first, &r);
+            result_free(&r);
+        }
+        gpu_scheme_close(scheme);
+        gpu_close(gpu);
+    }
+    result_free(&first);
+    world_free(&w);
+}
+
+static void check_refusals(void)
+{
+    struct gpu_options options = {.backend = "host", .threads = 1};
+    struct gpu *gpu;
+    MUST(gpu_open(&(struct gpu_options){.backend = "abacus"}, &gpu) == -PKV_ERR_UNSUPPORTED);
+    MUST(gpu_open(&(struct gpu_options){.isa = "abacus"}, &gpu) == -PKV_ERR_UNSUPPORTED);
+    MUST(gpu_open(&options, &gpu) == 0);
+    state = 5;
+    struct world w = world_random();
+    struct gpu_append_args a = {&w.g, w.space, w.refs, 0, w.tokens, w.k, w.v, 0, 0};
+    memset((char *)w.v, 0xff, 4); /* NaN in every dtype */
+    char *before = take(64);
+    memcpy(before, (void *)(uintptr_t)w.pool[3], 64);
+    MUST(gpu_append(gpu, &a) == -PKV_ERR_NOT_FINITE);
+    MUST(!memcmp(before, (void *)(uintptr_t)w.pool[3], 64));
+    a.first_token = PKV_SEQ_TOKENS_MAX;
+    MUST(gpu_append(gpu, &a) == -PKV_ERR_LENGTH);
+    w.pool[3] ^= 0; /* an unmapped chunk is refused, not followed */
+    struct gpu_space none = {{w.arena, w.arena, w.arena}};
+    a.first_token = 0, a.space = none;
+    MUST(gpu_append(gpu, &a) == -PKV_ERR_RANGE);
+    free(before);
+    world_free(&w);
+    gpu_close(gpu);
+}
+
+int main(int argc, char **argv)
+{
+    uint64_t seed = argc > 1 ? strtoull(argv[1], NULL, 0) : 1, cases = argc > 2 ? strtoull(argv[2], NULL, 0) : 60;
+    check_refusals();
+    for (uint64_t i = 0; i < cases; i++) {
+        state = seed * 1000003 + i;
+        printf("seed %" PRIu64 " case %" PRIu64 ": ", seed, i);
+        check_case();
+    }
+    printf("%" PRIu64 " cases\n", cases);
+    return 0;
+}
