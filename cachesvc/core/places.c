@@ -1,0 +1,124 @@
+/* Chunks and slots of both tiers: taken, retired, and free again after their epoch. */
+#include "cachesvc/core/internal.h"
+
+void places_init(struct core *core)
+{
+    core->chunk_count[PKV_TIER_POOL] = core->config.pool_chunks;
+    core->chunk_count[PKV_TIER_ARENA] = core->config.arena_chunks;
+    for (uint32_t tier = PKV_TIER_POOL; tier < PKV_TIERS; tier++)
+        for (uint32_t c = 0; c < core->chunk_count[tier]; c++)
+            core->chunks[tier][c] = (struct chunk){.tenant = NONE, .last_tenant = NONE};
+}
+
+static void chunk_release(struct chunk *c)
+{
+    assert(!c->used && !c->retired);
+    free(c->next), free(c->owner), free(c->gen);
+    c->next = c->owner = NULL, c->gen = NULL;
+    c->last_tenant = c->tenant;
+    c->tenant = NONE;
+    c->slots = 0;
+}
+
+void places_destroy(struct core *core)
+{
+    for (uint32_t tier = PKV_TIER_POOL; tier < PKV_TIERS; tier++) {
+        for (uint32_t c = 0; c < core->chunk_count[tier]; c++) {
+            struct chunk *chunk = &core->chunks[tier][c];
+            free(chunk->next), free(chunk->owner), free(chunk->gen);
+        }
+        free(core->chunks[tier]);
+    }
+    free(core->retired);
+}
+
+/* Gives an unassigned chunk to a tenant. Another tenant's former data goes with its memory, and only when nobody who had it
+ * mapped is left. */
+static bool chunk_assign(struct core *core, uint32_t tier, uint32_t index, uint32_t tenant, uint64_t slot_bytes)
+{
+    struct chunk *c = &core->chunks[tier][index];
+    assert(c->tenant == NONE);
+    bool foreign = c->last_tenant != NONE && c->last_tenant != tenant;
+    if (foreign && c->mapped)
+        return false;
+    uint32_t slots = (uint32_t)(core->config.chunk_bytes / slot_bytes);
+    c->next = malloc(slots * sizeof(*c->next));
+    c->owner = malloc(slots * sizeof(*c->owner));
+    c->gen = calloc(slots, sizeof(*c->gen));
+    if (!slots || !c->next || !c->owner || !c->gen) {
+        free(c->next), free(c->owner), free(c->gen);
+        c->next = c->owner = NULL, c->gen = NULL;
+        return false;
+    }
+    for (uint32_t s = 0; s < slots; s++)
+        c->next[s] = s + 1 < slots ? s + 1 : NONE, c->owner[s] = NONE;
+    c->free_head = 0, c->slots = slots, c->slot_bytes = slot_bytes, c->tenant = tenant;
+    if (foreign)
+        core_emit(core, &(struct core_action){.kind = CORE_CHUNK_RESET, .tier = tier, .chunk = index});
+    return true;
+}
+
+static uint64_t slot_take(struct chunk *c, uint32_t tier, uint32_t index, uint32_t block)
+{
+    uint32_t slot = c->free_head;
+    assert(slot < c->slots && c->owner[slot] == NONE);
+    c->free_head = c->next[slot];
+    c->owner[slot] = block;
+    c->used++;
+    return pkv_place(tier, index, slot, ++c->gen[slot]);
+}
+
+uint64_t place_take(struct core *core, uint32_t tier, uint32_t tenant, uint64_t slot_bytes, uint32_t block)
+{
+    for (uint32_t i = 0; i < core->chunk_count[tier]; i++) {
+        struct chunk *c = &core->chunks[tier][i];
+        if (c->tenant == tenant && c->slot_bytes == slot_bytes && c->free_head != NONE)
+            return slot_take(c, tier, i, block);
+    }
+    for (uint32_t i = 0; i < core->chunk_count[tier]; i++)
+        if (core->chunks[tier][i].tenant == NONE && chunk_assign(core, tier, i, tenant, slot_bytes))
+            return slot_take(&core->chunks[tier][i], tier, i, block);
+    return 0;
+}
+
+void place_retire(struct core *core, uint64_t place)
+{
+    struct chunk *c = &core->chunks[pkv_place_tier(place)][pkv_place_chunk(place)];
+    uint32_t slot = pkv_place_slot(place);
+    assert(c->owner[slot] < RETIRED && c->gen[slot] == pkv_place_gen(place));
+    c->owner[slot] = RETIRED;
+    c->used--, c->retired++;
+    if (core->retired_head + core->retired_count == core->retired_room) {
+        memmove(core->retired, core->retired + core->retired_head, core->retired_count * sizeof(*core->retired));
+        core->retired_head = 0;
+    }
+    if (core->retired_count == core->retired_room) {
+        core->retired_room = core->retired_room ? core->retired_room * 2 : 1024;
+        core->retired = realloc(core->retired, core->retired_room * sizeof(*core->retired));
+        assert(core->retired);
+    }
+    core->epoch++;
+    core->retired[core->retired_head + core->retired_count++] = (struct retired){place, core->epoch};
+}
+
+void places_quiesce(struct core *core, uint64_t epoch)
+{
+    while (core->retired_count && core->retired[core->retired_head].epoch <= epoch) {
+        uint64_t place = core->retired[core->retired_head++].place;
+        core->retired_count--;
+        struct chunk *c = &core->chunks[pkv_place_tier(place)][pkv_place_chunk(place)];
+        uint32_t slot = pkv_place_slot(place);
+        assert(c->owner[slot] == RETIRED);
+        c->owner[slot] = NONE;
+        c->next[slot] = c->free_head;
+        c->free_head = slot;
+        c->retired--;
+        if (!c->used && !c->retired)
+            chunk_release(c);
+    }
+}
+
+bool places_pending(const struct core *core)
+{
+    return core->retired_count > 0;
+}

@@ -1,0 +1,294 @@
+/* The core under random events: workers come, go and die, tenants share a pool that is far too small, copies end late, out of
+ * order or not at all, readers hold epochs. Memory is simulated: each slot holds the number of the block that was written
+ * there. After each event every invariant of the core is walked, every block table names a place that still holds its
+ * block, and what a reader saw when it entered its epoch is still there.
+ * usage: sim_core [SEEDS [EVENTS [FIRST_SEED]]] */
+#include "cachesvc/core/core.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { WORKERS = 6, SEQS = 12, LAYERS = 2, BLOCKS = 24, CHUNKS = 8, ARENA = 14, SLOTS = 256, COPIES = 4096, HELD = 40 };
+#define CHUNK_BYTES (1ull << 17)
+
+static uint64_t state, now, next_content;
+static uint64_t memory[PKV_TIERS][ARENA][SLOTS];
+
+struct reader {
+    bool live, reads;
+    uint32_t id;
+    uint64_t epoch;
+    uint32_t held;
+    uint64_t place[HELD], content[HELD];
+};
+struct sequence {
+    bool live;
+    uint64_t handle;
+    struct pkv_table *table;
+    uint64_t content[LAYERS][BLOCKS];
+};
+static struct reader workers[WORKERS];
+static struct sequence seqs[SEQS];
+static struct core_action copies[COPIES];
+static uint32_t copy_count, model[2];
+static uint64_t waiting, answered, seen_home, seen_full, seen_arena_full, seen_dropped;
+static struct core *core;
+
+static uint32_t below(uint32_t n)
+{
+    state += 0x9e3779b97f4a7c15ull; /* splitmix64 */
+    uint64_t z = state;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return (uint32_t)((z ^ (z >> 31)) >> 11) % n;
+}
+
+static void fail(const char *what)
+{
+    printf("FAILED: %s\n", what);
+    exit(1);
+}
+
+static uint64_t *cell(uint64_t place)
+{
+    if (pkv_place_tier(place) == PKV_TIER_NONE || pkv_place_chunk(place) >= ARENA || pkv_place_slot(place) >= SLOTS)
+        fail("a place outside of the memory");
+    return &memory[pkv_place_tier(place)][pkv_place_chunk(place)][pkv_place_slot(place)];
+}
+
+static struct pkv_table *table_alloc(void *context, uint32_t tenant, uint64_t bytes, uint64_t *ret_offset)
+{
+    (void)context, (void)tenant;
+    struct pkv_table *t = below(50) ? calloc(1, bytes) : NULL; /* sometimes there is no room */
+    *ret_offset = (uint64_t)(uintptr_t)t;
+    return t;
+}
+
+static void table_free(void *context, uint32_t tenant, uint64_t offset, uint64_t bytes)
+{
+    (void)context, (void)tenant, (void)bytes;
+    for (int i = 0; i < SEQS; i++)
+        if ((uint64_t)(uintptr_t)seqs[i].table == offset)
+            seqs[i] = (struct sequence){0};
+    free((void *)(uintptr_t)offset);
+}
+
+static void take_actions(void)
+{
+    struct core_action a;
+    while (core_next_action(core, &a)) {
+        if (a.kind == CORE_COPY) {
+            if (copy_count == COPIES)
+                fail("more copies in flight than blocks");
+            copies[copy_count++] = a;
+        } else if (a.kind == CORE_COMPLETE) {
+            answered++;
+            seen_full += a.err == PKV_ERR_POOL_FULL;
+        } else {
+            memset(memory[a.tier][a.chunk], 0, sizeof(memory[a.tier][a.chunk]));
+        }
+    }
+}
+
+/* Blocks that a grant made appear are written by their worker; the others must hold what they held. */
+static void walk_tables(void)
+{
+    for (int i = 0; i < SEQS; i++) {
+        for (int l = 0; seqs[i].live && l < LAYERS; l++) {
+            const struct pkv_block_ref *refs = pkv_table_layer(seqs[i].table, (uint32_t)l, seqs[i].table->blocks_max);
+            for (uint32_t b = 0; b < seqs[i].table->blocks_max; b++) {
+                uint64_t *content = &seqs[i].content[l][b];
+                if (!refs[b].rows)
+                    *content = 0;
+                else if (!*content)
+                    *cell(refs[b].rows) = *content = ++next_content;
+                else if (*cell(refs[b].rows) != *content)
+                    fail("a block table names a place that holds something else");
+                seen_home += refs[b].rows && pkv_place_tier(refs[b].rows) == PKV_TIER_ARENA;
+            }
+        }
+    }
+    for (int w = 0; w < WORKERS; w++)
+        for (uint32_t h = 0; workers[w].reads && h < workers[w].held; h++)
+            if (*cell(workers[w].place[h]) != workers[w].content[h])
+                fail("a place was reused under a reader");
+}
+
+static struct sequence *any_seq(void)
+{
+    struct sequence *s = &seqs[below(SEQS)];
+    return s->live ? s : NULL;
+}
+
+static void event_worker(struct reader *w)
+{
+    if (!w->live) {
+        if (core_worker_join(core, below(3) ? "a" : "b", &w->id) != PKV_ERR_OK)
+            fail("a worker could not join");
+        w->live = true;
+    } else if (below(40) == 0) {
+        w->live = w->reads = false; /* its process is gone: nothing of it reads any more */
+        core_worker_leave(core, w->id);
+    }
+}
+
+static void event_create(struct reader *w)
+{
+    struct sequence *s = &seqs[below(SEQS)];
+    if (s->live || !w->live)
+        return;
+    struct pkv_op_create op = {.model = model[below(2)],
+                               .max_tokens = PKV_BLOCK_TOKENS * (1 + below(BLOCKS)),
+                               .flags = below(3) ? 0 : PKV_SEQ_PERSISTENT};
+    uint64_t handle, table;
+    if (core_seq_create(core, w->id, &op, &handle, &table) == PKV_ERR_OK)
+        *s = (struct sequence){.live = true, .handle = handle, .table = (struct pkv_table *)(uintptr_t)table};
+}
+
+static void event_grant(struct reader *w, struct sequence *s)
+{
+    enum pkv_err e;
+    uint32_t layer = below(3) == 0 ? PKV_LAYER_ALL : below(LAYERS);
+    if (!core_grant(core, now, w->id, 1, s->handle, layer, below(BLOCKS * PKV_BLOCK_TOKENS + 90), &e))
+        waiting++;
+    else
+        seen_arena_full += e == PKV_ERR_ARENA_FULL;
+}
+
+static void event_seal(struct reader *w, struct sequence *s)
+{
+    uint32_t layer = below(LAYERS), first = below(BLOCKS);
+    for (uint32_t f = 0; below(4) && f < BLOCKS; f++) /* mostly the right one */
+        if (core_seal(core, w->id, s->handle, layer, f, 1 + below(2)) == PKV_ERR_OK)
+            return;
+    core_seal(core, w->id, s->handle, layer, first, below(5));
+}
+
+static void event_copied(void)
+{
+    if (!copy_count)
+        return;
+    uint32_t i = below(copy_count);
+    struct core_action a = copies[i];
+    copies[i] = copies[--copy_count];
+    bool ok = below(20) != 0;
+    if (ok)
+        *cell(a.to) = *cell(a.from);
+    core_copied(core, a.copy, ok, 7);
+}
+
+static void event_read(struct reader *w, struct sequence *s)
+{
+    if (w->reads) {
+        w->reads = false;
+        return;
+    }
+    w->reads = true, w->epoch = core_epoch(core), w->held = 0;
+    for (int l = 0; s && l < LAYERS; l++)
+        for (uint32_t b = 0; b < s->table->blocks_max && w->held < HELD; b++) {
+            uint64_t place = pkv_table_layer(s->table, (uint32_t)l, s->table->blocks_max)[b].rows;
+            if (!place)
+                continue;
+            w->place[w->held] = place;
+            w->content[w->held++] = *cell(place);
+        }
+}
+
+static void event_quiesce(void)
+{
+    uint64_t epoch = core_epoch(core);
+    for (int w = 0; w < WORKERS; w++)
+        if (workers[w].reads && workers[w].epoch < epoch)
+            epoch = workers[w].epoch;
+    core_quiesce(core, now, epoch);
+}
+
+static void event(void)
+{
+    struct reader *w = &workers[below(WORKERS)];
+    struct sequence *s = any_seq();
+    uint64_t ignored;
+    uint32_t kind = below(100);
+    now += below(1000);
+    if (kind < 4)
+        event_worker(w);
+    else if (kind < 8)
+        event_create(w);
+    else if (kind < 40)
+        event_copied();
+    else if (kind < 55)
+        event_quiesce();
+    else if (kind < 57)
+        core_tick(core, now);
+    else if (!w->live)
+        event_worker(w);
+    else if (kind < 62)
+        event_read(w, s);
+    else if (!s)
+        event_create(w);
+    else if (kind < 64)
+        (void)core_seq_open(core, w->id, s->handle, &ignored, &ignored);
+    else if (kind < 66 && below(3) == 0)
+        (void)core_seq_close(core, w->id, s->handle);
+    else if (kind < 67 && below(4) == 0)
+        (void)core_seq_destroy(core, w->id, s->handle);
+    else if (kind < 68)
+        (void)core_seq_close(core, w->id, s->handle + (1ull << 32));
+    else if (kind < 84)
+        event_grant(w, s);
+    else
+        event_seal(w, s);
+}
+
+static void start(uint64_t seed)
+{
+    state = seed * 7919 + 1;
+    memset(workers, 0, sizeof(workers)), memset(seqs, 0, sizeof(seqs)), memset(memory, 0, sizeof(memory));
+    copy_count = 0;
+    struct core_config config = {
+        .pool_chunks = CHUNKS, .arena_chunks = ARENA, .chunk_bytes = CHUNK_BYTES, .grant_timeout_ns = 20000};
+    core = core_create(&config, &(struct core_hooks){table_alloc, table_free, NULL});
+    if (!core)
+        fail("no core");
+    for (uint16_t m = 0; m < 2; m++) {
+        struct pkv_model_request r = {
+            .geom = {
+                .layers = LAYERS, .q_heads = 1, .kv_heads = 1, .head_dim = 64, .dtype = m ? PKV_F32 : PKV_F16, .sig_bits = 64}};
+        r.name[0] = (char)('a' + m);
+        if (core_model_add(core, &r, &model[m]) != PKV_ERR_OK)
+            fail("no model");
+    }
+}
+
+int main(int argc, char **argv)
+{
+    uint64_t seeds = argc > 1 ? strtoull(argv[1], NULL, 0) : 10, events = argc > 2 ? strtoull(argv[2], NULL, 0) : 100000;
+    uint64_t first = argc > 3 ? strtoull(argv[3], NULL, 0) : 1;
+    for (uint64_t seed = first; seed < first + seeds; seed++) {
+        printf("seed %" PRIu64 "\n", seed);
+        fflush(stdout);
+        start(seed);
+        for (uint64_t i = 0; i < events; i++) {
+            event();
+            take_actions();
+            walk_tables();
+            const char *wrong = core_check(core);
+            if (wrong) {
+                printf("event %" PRIu64 ": ", i);
+                fail(wrong);
+            }
+        }
+        struct core_stats stats;
+        core_stats(core, &stats);
+        seen_dropped += stats.dropped;
+        core_destroy(core);
+    }
+    printf("%" PRIu64 " events, %" PRIu64 " grants waited, %" PRIu64 " answered late, %" PRIu64 " of them refused, %" PRIu64
+           " met a full arena, %" PRIu64 " blocks dropped\n",
+           seeds * events, waiting, answered, seen_full, seen_arena_full, seen_dropped);
+    if (!waiting || !seen_full || !seen_arena_full || !seen_dropped || !seen_home)
+        fail("the events reached too little: this run proves nothing");
+    return 0;
+}

@@ -1,0 +1,233 @@
+/* The core by hand: the life of a block, and each refusal with its own error. */
+#include "tests/lib/test.h"
+
+#include "cachesvc/core/core.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define LAYERS 2u
+
+static struct core *core;
+static uint32_t alice, model;
+
+static struct pkv_table *table_alloc(void *context, uint32_t tenant, uint64_t bytes, uint64_t *ret_offset)
+{
+    (void)context, (void)tenant;
+    struct pkv_table *t = calloc(1, bytes);
+    *ret_offset = (uint64_t)(uintptr_t)t;
+    return t;
+}
+
+static void table_free(void *context, uint32_t tenant, uint64_t offset, uint64_t bytes)
+{
+    (void)context, (void)tenant, (void)bytes;
+    free((void *)(uintptr_t)offset);
+}
+
+static struct pkv_model_request request(void)
+{
+    return (struct pkv_model_request){
+        .geom = {.layers = LAYERS, .q_heads = 1, .kv_heads = 1, .head_dim = 64, .dtype = PKV_F16, .sig_bits = 64}, .name = "m"};
+}
+
+/* Chunks of four row slots. */
+static void start(uint32_t pool, uint32_t arena)
+{
+    struct core_config config = {.pool_chunks = pool, .arena_chunks = arena, .chunk_bytes = 65536, .grant_timeout_ns = 1000};
+    core = core_create(&config, &(struct core_hooks){table_alloc, table_free, NULL});
+    assert_non_null(core);
+    struct pkv_model_request m = request();
+    assert_int_equal(core_model_add(core, &m, &model), PKV_ERR_OK);
+    assert_int_equal(core_worker_join(core, "", &alice), PKV_ERR_OK);
+}
+
+static int stop(void **state)
+{
+    (void)state;
+    core_destroy(core);
+    core = NULL;
+    return 0;
+}
+
+static uint64_t create(uint32_t blocks, uint32_t flags, struct pkv_table **ret)
+{
+    struct pkv_op_create op = {.model = model, .max_tokens = blocks * PKV_BLOCK_TOKENS, .flags = flags};
+    uint64_t handle = 0, table = 0;
+    assert_int_equal(core_seq_create(core, alice, &op, &handle, &table), PKV_ERR_OK);
+    *ret = (struct pkv_table *)(uintptr_t)table;
+    return handle;
+}
+
+static enum pkv_err grant(uint64_t handle, uint32_t layer, uint32_t blocks)
+{
+    enum pkv_err e = PKV_ERR_COUNT; /* still waiting */
+    core_grant(core, 0, alice, 9, handle, layer, (uint64_t)blocks * PKV_BLOCK_TOKENS, &e);
+    return e;
+}
+
+/* Finishes all copies. */
+static uint32_t copy_all(bool ok)
+{
+    struct core_action a;
+    uint32_t copies = 0;
+    while (core_next_action(core, &a))
+        if (a.kind == CORE_COPY) {
+            assert_int_equal(pkv_place_tier(a.from), PKV_TIER_POOL);
+            assert_int_equal(pkv_place_tier(a.to), PKV_TIER_ARENA);
+            core_copied(core, a.copy, ok, 1);
+            copies++;
+        }
+    return copies;
+}
+
+static void test_life_of_a_block(void **state)
+{
+    (void)state;
+    start(5, 8);
+    struct pkv_table *t;
+    uint64_t h = create(20, 0, &t);
+    assert_int_equal(grant(h, 0, 10), PKV_ERR_OK);
+    struct pkv_block_ref *refs = pkv_table_layer(t, 0, t->blocks_max);
+    for (uint32_t b = 0; b < 10; b++)
+        assert_int_equal(pkv_place_tier(refs[b].rows), PKV_TIER_POOL);
+    assert_int_equal(refs[10].rows, 0);
+    assert_int_equal(core_seal(core, alice, h, 0, 0, 9), PKV_ERR_OK);
+    assert_int_equal(copy_all(true), 9);
+    /* 16 row slots beside the signatures: six more fit, the seventh waits for dropped copies. */
+    enum pkv_err e = PKV_ERR_OK;
+    assert_int_equal(grant(h, 0, 16), PKV_ERR_OK);
+    assert_false(core_grant(core, 0, alice, 77, h, 0, 17 * PKV_BLOCK_TOKENS, &e));
+    assert_int_equal(pkv_place_tier(refs[0].rows), PKV_TIER_POOL);  /* sinks stay */
+    assert_int_equal(pkv_place_tier(refs[2].rows), PKV_TIER_ARENA); /* this one went */
+    assert_int_equal(pkv_place_tier(refs[2].signatures), PKV_TIER_POOL);
+    core_quiesce(core, 1, 0); /* a reader still looks */
+    struct core_action a;
+    assert_false(core_next_action(core, &a));
+    core_quiesce(core, 2, core_epoch(core));
+    assert_true(core_next_action(core, &a));
+    assert_int_equal(a.kind, CORE_COMPLETE);
+    assert_int_equal(a.tag, 77);
+    assert_int_equal(a.err, PKV_ERR_OK);
+    assert_int_equal(pkv_place_tier(refs[16].rows), PKV_TIER_POOL);
+    assert_null(core_check(core));
+}
+
+static void test_full_pool_is_bounded(void **state)
+{
+    (void)state;
+    start(2, 8);
+    struct pkv_table *t;
+    uint64_t h = create(20, 0, &t);
+    enum pkv_err e;
+    assert_false(core_grant(core, 5, alice, 1, h, 0, 20 * PKV_BLOCK_TOKENS, &e));
+    assert_int_equal(core_deadline(core), 1005);
+    struct core_action a;
+    core_tick(core, 1004);
+    assert_false(core_next_action(core, &a));
+    core_tick(core, 1005);
+    assert_true(core_next_action(core, &a));
+    assert_int_equal(a.err, PKV_ERR_POOL_FULL);
+    assert_int_equal(core_deadline(core), UINT64_MAX);
+}
+
+static void test_full_arena(void **state)
+{
+    (void)state;
+    start(8, 1);
+    struct pkv_table *t;
+    uint64_t h = create(20, 0, &t);
+    assert_int_equal(grant(h, 0, 4), PKV_ERR_OK);
+    assert_int_equal(grant(h, 0, 5), PKV_ERR_ARENA_FULL);
+    assert_int_equal(core_seal(core, alice, h, 0, 0, 4), PKV_ERR_OK); /* what was granted still goes home */
+    assert_int_equal(copy_all(true), 4);
+}
+
+static void test_refusals(void **state)
+{
+    (void)state;
+    start(8, 8);
+    struct pkv_table *t;
+    uint64_t h = create(4, 0, &t), tokens, table;
+    uint32_t bob, eve, other;
+    assert_int_equal(core_worker_join(core, "", &bob), PKV_ERR_OK);
+    assert_int_equal(core_worker_join(core, "eve", &eve), PKV_ERR_OK);
+    enum pkv_err e;
+    assert_true(core_grant(core, 0, bob, 1, h, 0, 64, &e));
+    assert_int_equal(e, PKV_ERR_NOT_OPEN);
+    assert_int_equal(core_seq_open(core, bob, h, &tokens, &table), PKV_ERR_OK);
+    assert_true(core_grant(core, 0, bob, 1, h, 0, 64, &e));
+    assert_int_equal(e, PKV_ERR_NOT_WRITER);
+    assert_int_equal(core_seq_open(core, eve, h, &tokens, &table), PKV_ERR_NO_SEQ);
+    assert_int_equal(grant(h, 0, 5), PKV_ERR_LENGTH);
+    assert_int_equal(grant(h, LAYERS, 1), PKV_ERR_INVALID);
+    assert_int_equal(core_seal(core, alice, h, 0, 0, 1), PKV_ERR_NOT_GRANTED);
+    assert_int_equal(core_seal(core, alice, h, 0, UINT32_MAX, 2), PKV_ERR_NOT_GRANTED);
+    assert_int_equal(grant(h, PKV_LAYER_ALL, 2), PKV_ERR_OK);
+    assert_int_equal(core_seal(core, alice, h, 1, 1, 1), PKV_ERR_NOT_GRANTED);
+    assert_int_equal(core_chunk_map(core, eve, PKV_TIER_POOL, 0), PKV_ERR_TENANT);
+    assert_int_equal(core_chunk_map(core, alice, PKV_TIER_POOL, 0), PKV_ERR_OK);
+    assert_int_equal(core_chunk_map(core, alice, PKV_TIER_POOL, PKV_CHUNKS_MAX), PKV_ERR_RANGE);
+    struct pkv_model_request m = request();
+    m.geom.head_dim = 128;
+    assert_int_equal(core_model_add(core, &m, &other), PKV_ERR_MODEL_MISMATCH);
+    assert_int_equal(core_seq_destroy(core, alice, h), PKV_ERR_OK);
+    assert_int_equal(core_seq_close(core, bob, h), PKV_ERR_STALE);
+    assert_null(core_check(core));
+}
+
+static void test_death_of_a_worker(void **state)
+{
+    (void)state;
+    start(8, 8);
+    struct pkv_table *t, *kept;
+    create(4, 0, &t);
+    uint64_t h = create(4, PKV_SEQ_PERSISTENT, &kept), tokens, table;
+    assert_int_equal(grant(h, PKV_LAYER_ALL, 3), PKV_ERR_OK);
+    assert_int_equal(core_seal(core, alice, h, 0, 0, 2), PKV_ERR_OK);
+    assert_int_equal(core_seal(core, alice, h, 1, 0, 1), PKV_ERR_OK);
+    core_worker_leave(core, alice); /* copies are in flight */
+    struct core_stats stats;
+    core_stats(core, &stats);
+    assert_int_equal(stats.seqs, 1);
+    copy_all(true);
+    assert_null(core_check(core));
+    assert_int_equal(core_worker_join(core, "", &alice), PKV_ERR_OK);
+    assert_int_equal(core_seq_open(core, alice, h, &tokens, &table), PKV_ERR_OK);
+    assert_int_equal(tokens, PKV_BLOCK_TOKENS);               /* what every layer had sealed */
+    assert_int_equal(grant(h, PKV_LAYER_ALL, 4), PKV_ERR_OK); /* and it can be written on */
+    assert_int_equal(core_seq_destroy(core, alice, h), PKV_ERR_OK);
+    core_quiesce(core, 0, core_epoch(core));
+    core_stats(core, &stats);
+    assert_int_equal(stats.used[PKV_TIER_POOL] + stats.used[PKV_TIER_ARENA], 0);
+    assert_int_equal(stats.retired[PKV_TIER_POOL] + stats.retired[PKV_TIER_ARENA], 0);
+}
+
+static void test_failed_copy_is_tried_once_more(void **state)
+{
+    (void)state;
+    start(8, 8);
+    struct pkv_table *t;
+    uint64_t h = create(4, 0, &t);
+    assert_int_equal(grant(h, 0, 1), PKV_ERR_OK);
+    assert_int_equal(core_seal(core, alice, h, 0, 0, 1), PKV_ERR_OK);
+    assert_int_equal(copy_all(false), 2);
+    struct core_stats stats;
+    core_stats(core, &stats);
+    assert_int_equal(stats.sealed, 1); /* it stays where it is whole: in the pool */
+    assert_int_equal(core_seq_destroy(core, alice, h), PKV_ERR_OK);
+    assert_null(core_check(core));
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_teardown(test_life_of_a_block, stop),
+        cmocka_unit_test_teardown(test_full_pool_is_bounded, stop),
+        cmocka_unit_test_teardown(test_full_arena, stop),
+        cmocka_unit_test_teardown(test_refusals, stop),
+        cmocka_unit_test_teardown(test_death_of_a_worker, stop),
+        cmocka_unit_test_teardown(test_failed_copy_is_tried_once_more, stop),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
