@@ -88,7 +88,7 @@ void place_retire(struct core *core, uint64_t place)
     assert(c->owner[slot] < RETIRED && c->gen[slot] == pkv_place_gen(place));
     c->owner[slot] = RETIRED;
     c->used--, c->retired++;
-    if (core->retired_head + core->retired_count == core->retired_room) {
+    if (core->retired_head && core->retired_head + core->retired_count == core->retired_room) {
         memmove(core->retired, core->retired + core->retired_head, core->retired_count * sizeof(*core->retired));
         core->retired_head = 0;
     }
