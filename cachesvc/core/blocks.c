@@ -1,16 +1,14 @@
-/* Blocks: grant, seal, copies, drop, free; and the policy that chooses what leaves the pool. */
+/* Blocks: made, held, sealed, copied, freed. */
 #include "cachesvc/core/internal.h"
 
-static uint64_t *entry_rows(struct core *core, const struct block *b)
-{
-    struct seq *s = &core->seqs[b->seq];
-    return &pkv_table_layer(s->table, b->layer, s->blocks_max)[b->index].rows;
-}
+/* A copy's id names the block that it fills or brings home, and which of three copies it is. */
+enum copy_kind { COPY_HOME, COPY_TAIL_ROWS, COPY_TAIL_SIGNATURES, COPY_KINDS = 4 };
 
-static uint64_t *entry_signatures(struct core *core, const struct block *b)
+static void set_state(struct core *core, struct block *b, enum block_state state)
 {
-    struct seq *s = &core->seqs[b->seq];
-    return &pkv_table_layer(s->table, b->layer, s->blocks_max)[b->index].signatures;
+    core->by_state[b->state]--;
+    core->by_state[state]++;
+    b->state = (uint8_t)state;
 }
 
 static uint32_t block_take(struct core *core)
@@ -25,6 +23,7 @@ static uint32_t block_take(struct core *core)
             core->block_room = room;
         }
         core->blocks[core->block_count] = (struct block){.next = NONE};
+        core->by_state[BLOCK_FREE]++;
         core->block_free = core->block_count++;
     }
     uint32_t b = core->block_free;
@@ -35,13 +34,14 @@ static uint32_t block_take(struct core *core)
 
 static void block_put_back(struct core *core, uint32_t b)
 {
+    set_state(core, &core->blocks[b], BLOCK_FREE);
     core->blocks[b] = (struct block){.next = core->block_free};
     core->block_free = b;
 }
 
-enum pkv_err block_grant(struct core *core, uint32_t seq, uint32_t layer, uint32_t index)
+enum pkv_err block_make(struct core *core, uint32_t seq, uint32_t layer, uint32_t index, uint32_t *ret_block)
 {
-    struct seq *s = &core->seqs[seq];
+    const struct seq *s = &core->seqs[seq];
     const struct pkv_geom *g = &core->models[s->model].geom;
     uint32_t id = block_take(core);
     if (id == NONE)
@@ -63,19 +63,141 @@ enum pkv_err block_grant(struct core *core, uint32_t seq, uint32_t layer, uint32
             make_room(core, s->tenant, missing);
         return e;
     }
-    b->state = BLOCK_GRANTED;
-    b->seq = seq, b->layer = layer, b->index = index;
-    s->blocks[(uint64_t)layer * s->blocks_max + index] = id;
-    publish(entry_signatures(core, b), b->signatures);
-    publish(entry_rows(core, b), b->rows);
+    set_state(core, b, BLOCK_GRANTED);
+    b->seq = seq, b->tenant = s->tenant, b->layer = layer, b->index = index, b->source = NONE;
+    core->totals.blocks_granted++;
+    *ret_block = id;
     return PKV_ERR_OK;
+}
+
+void block_install(struct core *core, uint32_t seq, uint32_t id)
+{
+    struct block *b = &core->blocks[id];
+    struct seq *s = &core->seqs[seq];
+    assert(*seq_block(s, b->layer, b->index) == NONE && !b->dying);
+    *seq_block(s, b->layer, b->index) = id;
+    b->holders++;
+    b->seq = seq;
+    struct pkv_block_ref *entry = seq_entry(s, b->layer, b->index);
+    publish(&entry->signatures, b->signatures);
+    publish(&entry->rows, b->rows ? b->rows : b->home);
+}
+
+static uint32_t another_holder(const struct core *core, const struct block *b, uint32_t id)
+{
+    for (uint32_t i = 0; i < core->seq_end; i++) {
+        const struct seq *s = &core->seqs[i];
+        if (s->live && s->tenant == b->tenant && b->layer < s->layers && b->index < s->blocks_max &&
+            *seq_block(s, b->layer, b->index) == id)
+            return i;
+    }
+    return NONE;
+}
+
+void block_leave(struct core *core, uint32_t seq, uint32_t layer, uint32_t index)
+{
+    struct seq *s = &core->seqs[seq];
+    uint32_t id = *seq_block(s, layer, index);
+    struct block *b = &core->blocks[id];
+    assert(b->state != BLOCK_FREE && b->holders && !b->dying);
+    *seq_block(s, layer, index) = NONE;
+    publish(&seq_entry(s, layer, index)->rows, 0);
+    publish(&seq_entry(s, layer, index)->signatures, 0);
+    if (--b->holders == 0)
+        block_retire(core, id);
+    else if (b->seq == seq)
+        b->seq = another_holder(core, b, id);
+}
+
+void block_retire(struct core *core, uint32_t id)
+{
+    struct block *b = &core->blocks[id];
+    assert(!b->holders);
+    b->dying = b->going_home || b->pins || b->fills;
+    if (b->dying)
+        return;
+    if (b->rows)
+        place_retire(core, b->rows);
+    place_retire(core, b->signatures);
+    place_retire(core, b->home);
+    core->totals.blocks_freed++;
+    block_put_back(core, id);
+}
+
+/* ---- copies ---- */
+
+static void emit_copy(struct core *core, uint32_t id, enum copy_kind kind, uint64_t from, uint64_t to, uint64_t bytes)
+{
+    core_emit(core,
+              &(struct core_action){.kind = CORE_COPY, .copy = id * COPY_KINDS + kind, .from = from, .to = to, .bytes = bytes});
 }
 
 static void copy_home(struct core *core, uint32_t id)
 {
-    const struct block *b = &core->blocks[id];
-    core_emit(core,
-              &(struct core_action){.kind = CORE_COPY, .copy = id, .from = b->rows, .to = b->home, .bytes = b->row_bytes});
+    struct block *b = &core->blocks[id];
+    b->going_home = true;
+    emit_copy(core, id, COPY_HOME, b->rows, b->home, b->row_bytes);
+}
+
+static void copied_home(struct core *core, uint32_t id, bool ok, uint64_t checksum)
+{
+    struct block *b = &core->blocks[id];
+    assert(b->state == BLOCK_SEALED && b->going_home);
+    b->going_home = false;
+    if (ok) {
+        set_state(core, b, BLOCK_HOME);
+        b->checksum = checksum;
+        core->totals.blocks_home++;
+    } else {
+        core->totals.copies_failed++;
+        if (++b->copies_failed < 2 && !b->dying)
+            copy_home(core, id);
+    }
+    if (b->dying)
+        block_retire(core, id);
+}
+
+void block_unpin(struct core *core, uint32_t id)
+{
+    assert(core->blocks[id].pins);
+    if (--core->blocks[id].pins == 0 && core->blocks[id].dying)
+        block_retire(core, id);
+}
+
+void block_fill(struct core *core, uint32_t id, uint32_t source)
+{
+    struct block *b = &core->blocks[id];
+    const struct block *from = &core->blocks[source];
+    assert(from->pins);
+    b->source = source, b->fills = 2;
+    core->totals.blocks_cow++;
+    emit_copy(core, id, COPY_TAIL_ROWS, from->rows ? from->rows : from->home, b->rows, b->row_bytes);
+    emit_copy(core, id, COPY_TAIL_SIGNATURES, from->signatures, b->signatures, b->sig_bytes);
+}
+
+static void copied_tail(struct core *core, uint32_t id, bool ok)
+{
+    struct block *b = &core->blocks[id];
+    assert(b->fills);
+    b->filled_badly |= !ok;
+    core->totals.copies_failed += !ok;
+    if (--b->fills)
+        return;
+    block_unpin(core, b->source);
+    b->source = NONE;
+    if (b->dying)
+        block_retire(core, id);
+    else
+        cow_filled(core, b->seq, !b->filled_badly);
+}
+
+void core_copied(struct core *core, uint32_t copy, bool ok, uint64_t checksum)
+{
+    assert(copy / COPY_KINDS < core->block_count);
+    if (copy % COPY_KINDS == COPY_HOME)
+        copied_home(core, copy / COPY_KINDS, ok, checksum);
+    else
+        copied_tail(core, copy / COPY_KINDS, ok);
 }
 
 enum pkv_err core_seal(struct core *core, uint32_t worker, uint64_t handle, uint32_t layer, uint32_t first, uint32_t count)
@@ -86,131 +208,21 @@ enum pkv_err core_seal(struct core *core, uint32_t worker, uint64_t handle, uint
         return e;
     if (s->writer != worker)
         return PKV_ERR_NOT_WRITER;
+    if (s->cow.kind != COW_NONE)
+        return PKV_ERR_BUSY;
     if (layer >= s->layers)
         return PKV_ERR_INVALID;
     /* Blocks fill in order, so they are sealed in order. */
     if (first != s->sealed[layer] || count > s->granted[layer] - first)
         return PKV_ERR_NOT_GRANTED;
     for (uint32_t i = first; i < first + count; i++) {
-        uint32_t id = s->blocks[(uint64_t)layer * s->blocks_max + i];
+        uint32_t id = *seq_block(s, layer, i);
         assert(core->blocks[id].state == BLOCK_GRANTED);
-        core->blocks[id].state = BLOCK_SEALED;
+        set_state(core, &core->blocks[id], BLOCK_SEALED);
         copy_home(core, id);
     }
+    core->totals.blocks_sealed += count;
     s->sealed[layer] += count;
-    uint32_t least = s->sealed[0];
-    for (uint32_t l = 1; l < s->layers; l++)
-        least = PKV_MIN(least, s->sealed[l]);
-    s->tokens = (uint64_t)least * PKV_BLOCK_TOKENS;
-    publish(&s->table->tokens, s->tokens);
+    seq_publish_tokens(s);
     return PKV_ERR_OK;
-}
-
-static void block_release(struct core *core, uint32_t id)
-{
-    struct block *b = &core->blocks[id];
-    if (b->rows)
-        place_retire(core, b->rows);
-    place_retire(core, b->signatures);
-    place_retire(core, b->home);
-    core->freed++;
-    block_put_back(core, id);
-}
-
-void core_copied(struct core *core, uint32_t copy, bool ok, uint64_t checksum)
-{
-    assert(copy < core->block_count && core->blocks[copy].state == BLOCK_SEALED);
-    struct block *b = &core->blocks[copy];
-    if (b->dying) {
-        block_release(core, copy);
-        return;
-    }
-    if (ok) {
-        b->state = BLOCK_HOME;
-        b->checksum = checksum;
-        return;
-    }
-    core->copies_failed++;
-    if (++b->copies_failed < 2)
-        copy_home(core, copy);
-}
-
-/* A copy in flight still reads the rows: they wait for it. A copy that failed for good is not in flight. */
-void block_free(struct core *core, uint32_t id)
-{
-    struct block *b = &core->blocks[id];
-    assert(b->state != BLOCK_FREE && !b->dying);
-    publish(entry_rows(core, b), 0);
-    publish(entry_signatures(core, b), 0);
-    if (b->state == BLOCK_SEALED && b->copies_failed < 2)
-        b->dying = true;
-    else
-        block_release(core, id);
-}
-
-/* ---- residency: policy ---- */
-
-static bool droppable(const struct core *core, const struct block *b)
-{
-    if (b->state != BLOCK_HOME || !b->rows)
-        return false;
-    uint32_t granted = core->seqs[b->seq].granted[b->layer];
-    return b->index >= PKV_PIN_FIRST_BLOCKS && b->index + PKV_PIN_LAST_BLOCKS < granted;
-}
-
-uint32_t residency_choose(struct core *core, uint32_t tenant, uint64_t slot_bytes)
-{
-    for (uint32_t i = 0; i < core->block_count; i++) {
-        uint32_t id = core->clock_hand++ % core->block_count;
-        const struct block *b = &core->blocks[id];
-        if (droppable(core, b) && b->row_bytes == slot_bytes && core->seqs[b->seq].tenant == tenant)
-            return id;
-    }
-    return NONE;
-}
-
-/* The fullest pool chunk in which every slot can be dropped. */
-uint32_t residency_choose_chunk(const struct core *core)
-{
-    uint32_t best = NONE;
-    for (uint32_t i = 0; i < core->chunk_count[PKV_TIER_POOL]; i++) {
-        const struct chunk *c = &core->chunks[PKV_TIER_POOL][i];
-        bool all = c->tenant != NONE && c->used;
-        for (uint32_t s = 0; all && s < c->slots; s++)
-            all = c->owner[s] >= RETIRED ||
-                  (core->blocks[c->owner[s]].row_bytes == c->slot_bytes && droppable(core, &core->blocks[c->owner[s]]));
-        if (all && (best == NONE || c->used > core->chunks[PKV_TIER_POOL][best].used))
-            best = i;
-    }
-    return best;
-}
-
-/* ---- and mechanism ---- */
-
-void block_drop(struct core *core, uint32_t id)
-{
-    struct block *b = &core->blocks[id];
-    assert(b->state == BLOCK_HOME && b->rows && b->home);
-    publish(entry_rows(core, b), b->home);
-    place_retire(core, b->rows);
-    b->rows = 0;
-    core->dropped++;
-}
-
-/* A slot of this kind was missing. Unless enough is about to come back, let something go. */
-void make_room(struct core *core, uint32_t tenant, uint64_t slot_bytes)
-{
-    uint32_t id = residency_choose(core, tenant, slot_bytes);
-    if (id != NONE) {
-        for (uint32_t n = 0; n < 16 && id != NONE; n++, id = residency_choose(core, tenant, slot_bytes))
-            block_drop(core, id);
-        return;
-    }
-    uint32_t chunk = residency_choose_chunk(core);
-    if (chunk == NONE)
-        return;
-    const struct chunk *c = &core->chunks[PKV_TIER_POOL][chunk];
-    for (uint32_t s = 0; s < c->slots; s++)
-        if (c->owner[s] < RETIRED)
-            block_drop(core, c->owner[s]);
 }

@@ -3,13 +3,16 @@
  *
  *   FREE --grant--> GRANTED --seal--> SEALED --copied--> HOME (pool copy) --drop--> HOME (arena only)
  *
- * A block's home in the arena is taken at grant, so that what is sealed can always go home. Places that are given up are
- * retired with the epoch of that moment and reused only after core_quiesce has passed it: nothing moves under a reader.
+ * A block's home in the arena is taken at grant, so that what is sealed can always go home. A fork shares sealed blocks by
+ * counting references; they lie at the same layer and index in every holder. A tail block that must be written again (fork,
+ * truncate) is copied. Places that are given up are retired with the epoch of that moment and reused only after core_quiesce
+ * has passed it: nothing moves under a reader.
  *
- * Failures, and what becomes of them: no room in the pool: copies of blocks that are home are dropped, the grant waits for
- * their places, POOL_FULL after its bound; no room in the arena: ARENA_FULL at once, nothing is lost; a worker dies:
- * its sequences go, persistent ones are cut to what every layer has sealed; a copy fails: it is tried once more, then the
- * block stays SEALED in the pool for good; a block freed while it is copied: its places wait for the copy. */
+ * Failures, and what becomes of them: no room in the pool: copies of blocks that are home are dropped, the operation waits for
+ * their places, POOL_FULL after its bound; no room in the arena: ARENA_FULL at once, nothing is lost; a worker dies: its
+ * sequences go, persistent ones are cut to what every layer has sealed, its fork or truncate is undone; a copy home fails: it
+ * is tried once more, then the block stays SEALED in the pool for good; a copy of a tail fails: SYSTEM, and all is as before;
+ * a block freed while a copy reads or writes it: its places wait for the copy. */
 #ifndef CACHESVC_CORE_CORE_H
 #define CACHESVC_CORE_CORE_H
 
@@ -42,7 +45,7 @@ enum core_action_kind { CORE_COPY, CORE_COMPLETE, CORE_CHUNK_RESET };
 struct core_action {
     enum core_action_kind kind;
     uint32_t copy;     /* COPY: to be named to core_copied, once */
-    uint64_t from, to; /* COPY: places */
+    uint64_t from, to; /* COPY: places; slots of `bytes` bytes */
     uint64_t bytes;
     uint32_t worker, tag; /* COMPLETE: an operation that was PENDING */
     enum pkv_err err;
@@ -60,6 +63,7 @@ uint32_t core_worker_tenant(const struct core *core, uint32_t worker);
 /* Whether the chunk is the worker's tenant's, and remembers that the worker has it mapped. */
 enum pkv_err core_chunk_map(struct core *core, uint32_t worker, uint32_t tier, uint32_t chunk);
 enum pkv_err core_model_add(struct core *core, const struct pkv_model_request *request, uint32_t *ret_model);
+const struct pkv_model_request *core_model(const struct core *core, uint32_t model); /* NULL: none */
 
 /* ---- sequences ---- */
 
@@ -69,13 +73,33 @@ enum pkv_err core_seq_open(struct core *core, uint32_t worker, uint64_t handle, 
 enum pkv_err core_seq_close(struct core *core, uint32_t worker, uint64_t handle);
 enum pkv_err core_seq_destroy(struct core *core, uint32_t worker, uint64_t handle);
 
-/* Places for all blocks below `tokens` in one layer or all. True: the answer is in *ret_err; false: it comes as a COMPLETE
- * action, at most grant_timeout_ns later. */
+/* Operations that may have to wait return true where the answer is in *ret_err now; false: it comes as a COMPLETE action,
+ * at most grant_timeout_ns plus the time of the copies later. A sequence has at most one fork or truncate under way: BUSY. */
+
+/* Places for all blocks below `tokens` in one layer or all. */
 bool core_grant(struct core *core, uint64_t now_ns, uint32_t worker, uint32_t tag, uint64_t handle, uint32_t layer,
                 uint64_t tokens, enum pkv_err *ret_err);
+/* A child of the worker's with the first `op->tokens` tokens. Whole blocks must be sealed, the tail block granted. COMPLETE
+ * brings the handle and the table's offset. */
+bool core_seq_fork(struct core *core, uint64_t now_ns, uint32_t worker, uint32_t tag, uint64_t handle,
+                   const struct pkv_op_fork *op, enum pkv_err *ret_err, uint64_t *ret_handle, uint64_t *ret_table);
+/* Forgets the tokens from `tokens` on in one layer or all. */
+bool core_seq_truncate(struct core *core, uint64_t now_ns, uint32_t worker, uint32_t tag, uint64_t handle, uint32_t layer,
+                       uint64_t tokens, enum pkv_err *ret_err);
 enum pkv_err core_seal(struct core *core, uint32_t worker, uint64_t handle, uint32_t layer, uint32_t first, uint32_t count);
 /* A copy is finished; `checksum` of what was copied. */
 void core_copied(struct core *core, uint32_t copy, bool ok, uint64_t checksum);
+
+/* One layer of a sequence as its holder may read it; valid until the next call of the core. */
+struct core_view {
+    const struct pkv_block_ref *blocks; /* [blocks_max] */
+    const struct pkv_model_request *model;
+    uint32_t blocks_max, granted, sealed; /* blocks of the layer */
+    bool writer;                          /* the worker may write granted, unsealed blocks */
+};
+enum pkv_err core_seq_view(struct core *core, uint32_t worker, uint64_t handle, uint32_t layer, struct core_view *ret);
+/* Whether the worker still has the sequence open. */
+enum pkv_err core_seq_check(struct core *core, uint32_t worker, uint64_t handle);
 
 /* ---- time ---- */
 
@@ -83,18 +107,38 @@ void core_copied(struct core *core, uint32_t copy, bool ok, uint64_t checksum);
 uint64_t core_epoch(const struct core *core);
 /* Every reader has entered epoch `epoch` or a later one, or reads nothing. */
 void core_quiesce(struct core *core, uint64_t now_ns, uint64_t epoch);
-/* Answers grants whose bound has passed. */
+/* Answers operations whose bound has passed. */
 void core_tick(struct core *core, uint64_t now_ns);
 uint64_t core_deadline(const struct core *core); /* of the next tick; UINT64_MAX: none */
 
 /* ---- looking ---- */
 
 struct core_stats {
-    uint64_t capacity[PKV_TIERS], used[PKV_TIERS], retired[PKV_TIERS]; /* bytes */
-    uint32_t workers, seqs, granted, sealed, home;                     /* blocks by state */
-    uint64_t dropped, freed, copies_failed;
+    uint64_t capacity[PKV_TIERS], used[PKV_TIERS], retired[PKV_TIERS];                             /* bytes */
+    uint32_t workers, seqs, granted, sealed, home;                                                 /* blocks by state, now */
+    uint64_t blocks_granted, blocks_sealed, blocks_home, blocks_dropped, blocks_freed, blocks_cow; /* since the start */
+    uint64_t copies_failed, grants_delayed, grants_refused;
 };
 void core_stats(const struct core *core, struct core_stats *ret);
+
+/* Blocks of a layer, or of all: being written; on their way home; home with and without a copy in the pool; and how many of
+ * them another sequence holds too. */
+struct core_layer_info {
+    uint32_t granted, sealed, home_pool, home_arena, shared;
+};
+struct core_seq_info {
+    uint64_t handle, tokens /* that every layer has sealed */, max_tokens;
+    uint64_t open; /* workers, one bit each */
+    const char *tenant, *label;
+    const struct pkv_model_request *model;
+    bool persistent;
+    uint32_t writer; /* UINT32_MAX: none */
+    struct core_layer_info blocks;
+    uint64_t pool_bytes, arena_bytes; /* of its blocks, shared ones included */
+};
+/* index 0 .. PKV_SEQS_MAX - 1; false: no sequence lives there. */
+bool core_seq_info(const struct core *core, uint32_t index, struct core_seq_info *ret);
+bool core_layer_info(const struct core *core, uint32_t index, uint32_t layer, struct core_layer_info *ret);
 
 /* Walks everything; the sentence of the first invariant that does not hold, or NULL. */
 const char *core_check(const struct core *core);

@@ -11,13 +11,18 @@
 #define NONE        UINT32_MAX
 #define PENDING_MAX 256u
 
-enum block_state { BLOCK_FREE, BLOCK_GRANTED, BLOCK_SEALED, BLOCK_HOME };
+enum block_state { BLOCK_FREE, BLOCK_GRANTED, BLOCK_SEALED, BLOCK_HOME, BLOCK_STATES };
 
 struct block {
-    uint8_t state;
-    bool dying; /* freed while a copy reads it */
-    uint8_t copies_failed;
-    uint32_t seq, layer, index;      /* the one reference to it */
+    uint8_t state, copies_failed;
+    bool going_home;                 /* a copy home is in flight */
+    bool dying;                      /* nobody holds it, but a copy reads or writes it */
+    uint32_t holders;                /* sequences that refer to it; 1 while it is filled */
+    uint32_t pins;                   /* forks and truncates that copy it, or wait to */
+    uint32_t source, fills;          /* a tail being copied: from which block; copies in flight into this one */
+    bool filled_badly;               /* one of them failed */
+    uint32_t seq;                    /* a holder; the only one unless shared; whose tail this becomes */
+    uint32_t tenant, layer, index;   /* the same in every holder */
     uint64_t rows, signatures, home; /* places; rows 0: dropped */
     uint64_t row_bytes, sig_bytes, checksum;
     uint32_t next; /* free list */
@@ -39,14 +44,27 @@ struct retired {
     uint64_t place, epoch;
 };
 
+/* A fork or truncate under way: tail blocks are granted, filled by copies, then put in place all at once. */
+enum cow_kind { COW_NONE, COW_FORK, COW_TRUNCATE };
+struct cow {
+    enum cow_kind kind;
+    uint32_t worker, tag, first_layer, last_layer;
+    uint64_t tokens;
+    uint32_t *source, *target; /* [layers] blocks, NONE: this layer needs no copy, or not granted yet */
+    uint32_t missing, filling; /* targets not granted yet; targets with copies in flight */
+    bool failed;
+};
+
 struct seq {
     bool live, persistent;
     uint32_t gen, tenant, model, writer, layers, blocks_max;
-    uint64_t open, table_offset, tokens; /* open: workers, one bit each */
+    uint64_t open, table_offset, tokens, max_tokens; /* open: workers, one bit each */
     struct pkv_table *table;
     uint32_t *blocks;  /* [layers][blocks_max] block or NONE */
     uint32_t *granted; /* [layers] blocks */
     uint32_t *sealed;  /* [layers] blocks, from the first on */
+    struct cow cow;
+    char label[24];
 };
 
 struct worker {
@@ -54,7 +72,9 @@ struct worker {
     uint32_t tenant;
 };
 
-struct grant {
+/* An operation that waits for room in the pool. */
+struct waiting {
+    bool cow; /* the sequence's fork or truncate; else a grant */
     uint32_t worker, tag, layer;
     uint64_t handle, tokens, deadline_ns;
 };
@@ -63,10 +83,12 @@ struct core {
     struct core_config config;
     struct core_hooks hooks;
     struct chunk *chunks[PKV_TIERS];
-    uint32_t chunk_count[PKV_TIERS];
+    uint32_t chunk_count[PKV_TIERS], chunk_hint[PKV_TIERS];
     struct block *blocks;
     uint32_t block_count, block_room, block_free, clock_hand;
+    uint32_t by_state[BLOCK_STATES];
     struct seq seqs[PKV_SEQS_MAX];
+    uint32_t seq_end; /* no live sequence from here on */
     struct worker workers[PKV_WORKERS_MAX];
     char tenants[PKV_TENANTS_MAX][PKV_NAME_BYTES];
     uint32_t tenant_count;
@@ -75,11 +97,11 @@ struct core {
     struct retired *retired; /* in order of epochs, from retired_head on */
     uint64_t retired_head, retired_count, retired_room;
     uint64_t epoch;
-    struct grant pending[PENDING_MAX];
-    uint32_t pending_count;
+    struct waiting waiting[PENDING_MAX]; /* first come first */
+    uint32_t waiting_count;
     struct core_action *actions;
     uint64_t action_head, action_count, action_room;
-    uint64_t dropped, freed, copies_failed;
+    struct core_stats totals; /* the counters since the start */
 };
 
 void core_emit(struct core *core, const struct core_action *action);
@@ -90,20 +112,54 @@ void places_destroy(struct core *core);
 uint64_t place_take(struct core *core, uint32_t tier, uint32_t tenant, uint64_t slot_bytes, uint32_t block);
 void place_retire(struct core *core, uint64_t place);
 void places_quiesce(struct core *core, uint64_t epoch);
-bool places_pending(const struct core *core);
 
 /* blocks.c */
-enum pkv_err block_grant(struct core *core, uint32_t seq, uint32_t layer, uint32_t index);
-void block_free(struct core *core, uint32_t block);
-/* Policy: a rows chunk that can be emptied or a block whose pool copy can go; NONE if there is nothing. */
-uint32_t residency_choose(struct core *core, uint32_t tenant, uint64_t slot_bytes);
-uint32_t residency_choose_chunk(const struct core *core);
-void block_drop(struct core *core, uint32_t block);
+/* A new block in state GRANTED that nobody's table shows yet. */
+enum pkv_err block_make(struct core *core, uint32_t seq, uint32_t layer, uint32_t index, uint32_t *ret_block);
+/* Into a sequence's table: its own new block, or one more holder of a shared one. */
+void block_install(struct core *core, uint32_t seq, uint32_t block);
+/* Out of a sequence's table; the last holder frees it. */
+void block_leave(struct core *core, uint32_t seq, uint32_t layer, uint32_t index);
+/* Frees a block without holders, or leaves that to the copies in flight. */
+void block_retire(struct core *core, uint32_t block);
+/* Starts the two copies of a tail block; the source is pinned until they end. */
+void block_unpin(struct core *core, uint32_t block);
+void block_fill(struct core *core, uint32_t block, uint32_t source);
+
+/* residency.c: policy chooses, mechanism drops. */
 void make_room(struct core *core, uint32_t tenant, uint64_t slot_bytes);
 
 /* seqs.c */
 struct seq *seq_find(struct core *core, uint32_t worker, uint64_t handle, enum pkv_err *ret_err);
+enum pkv_err seq_make(struct core *core, uint32_t worker, uint32_t model, uint32_t max_tokens, bool persistent,
+                      const char *label, uint32_t *ret_index);
 void seq_free(struct core *core, uint32_t index);
+void seq_publish_tokens(struct seq *seq);
+
+/* grants.c */
+/* Joins the queue; false where it is full. */
+bool waiting_add(struct core *core, const struct waiting *entry);
+void waiting_drop(struct core *core, uint64_t handle, uint32_t worker, enum pkv_err answer); /* worker NONE: anybody's */
+
+/* cow.c */
+/* Grants what is missing: OK once all copies have been started. */
+enum pkv_err cow_try(struct core *core, uint32_t seq);
+/* A copy into a block of the operation is done; it may have been the last. */
+void cow_filled(struct core *core, uint32_t seq, bool ok);
+/* Undoes the operation and answers it; a fork's child is gone afterwards. */
+void cow_abort(struct core *core, uint32_t seq, enum pkv_err answer);
+/* The same without an answer or the end of the child: the sequence is being freed. */
+void cow_drop(struct core *core, uint32_t seq);
+
+static inline uint32_t *seq_block(const struct seq *s, uint32_t layer, uint32_t index)
+{
+    return &s->blocks[(uint64_t)layer * s->blocks_max + index];
+}
+
+static inline struct pkv_block_ref *seq_entry(const struct seq *s, uint32_t layer, uint32_t index)
+{
+    return &pkv_table_layer(s->table, layer, s->blocks_max)[index];
+}
 
 static inline void publish(uint64_t *entry, uint64_t place)
 {

@@ -70,10 +70,14 @@ static uint64_t slot_take(struct chunk *c, uint32_t tier, uint32_t index, uint32
 
 uint64_t place_take(struct core *core, uint32_t tier, uint32_t tenant, uint64_t slot_bytes, uint32_t block)
 {
-    for (uint32_t i = 0; i < core->chunk_count[tier]; i++) {
+    /* From the chunk that had room last: chunks before it are mostly full. */
+    for (uint32_t n = 0; n < core->chunk_count[tier]; n++) {
+        uint32_t i = (core->chunk_hint[tier] + n) % core->chunk_count[tier];
         struct chunk *c = &core->chunks[tier][i];
-        if (c->tenant == tenant && c->slot_bytes == slot_bytes && c->free_head != NONE)
-            return slot_take(c, tier, i, block);
+        if (c->tenant != tenant || c->slot_bytes != slot_bytes || c->free_head == NONE)
+            continue;
+        core->chunk_hint[tier] = i;
+        return slot_take(c, tier, i, block);
     }
     for (uint32_t i = 0; i < core->chunk_count[tier]; i++)
         if (core->chunks[tier][i].tenant == NONE && chunk_assign(core, tier, i, tenant, slot_bytes))
@@ -116,9 +120,4 @@ void places_quiesce(struct core *core, uint64_t epoch)
         if (!c->used && !c->retired)
             chunk_release(c);
     }
-}
-
-bool places_pending(const struct core *core)
-{
-    return core->retired_count > 0;
 }

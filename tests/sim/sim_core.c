@@ -10,7 +10,18 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { WORKERS = 6, SEQS = 12, LAYERS = 2, BLOCKS = 24, CHUNKS = 8, ARENA = 14, SLOTS = 256, COPIES = 4096, HELD = 40 };
+enum {
+    WORKERS = 6,
+    SEQS = 12,
+    LAYERS = 2,
+    BLOCKS = 24,
+    CHUNKS = 8,
+    ARENA = 14,
+    SLOTS = 256,
+    COPIES = 4096,
+    HELD = 40,
+    FORKS = 8
+};
 #define CHUNK_BYTES (1ull << 17)
 
 static uint64_t state, now, next_content;
@@ -29,11 +40,19 @@ struct sequence {
     struct pkv_table *table;
     uint64_t content[LAYERS][BLOCKS];
 };
+struct fork { /* under way; what the child must show */
+    bool live;
+    uint32_t tag;
+    uint64_t tokens, content[LAYERS][BLOCKS];
+};
+static struct fork forks[FORKS];
+static uint32_t next_tag = 1000;
 static struct reader workers[WORKERS];
 static struct sequence seqs[SEQS];
 static struct core_action copies[COPIES];
 static uint32_t copy_count, model[2];
 static uint64_t waiting, answered, seen_home, seen_full, seen_arena_full, seen_dropped;
+static uint64_t seen_forks, seen_cuts, seen_cow, seen_cow_failed;
 static struct core *core;
 
 static uint32_t below(uint32_t n)
@@ -75,6 +94,37 @@ static void table_free(void *context, uint32_t tenant, uint64_t offset, uint64_t
     free((void *)(uintptr_t)offset);
 }
 
+/* The child shows what its parent showed when it was forked, the copied tail included. */
+static void child_born(uint32_t worker, uint32_t tag, enum pkv_err err, uint64_t handle, uint64_t table)
+{
+    struct fork *f = NULL;
+    for (int i = 0; i < FORKS; i++)
+        f = forks[i].live && forks[i].tag == tag ? &forks[i] : f;
+    if (!f)
+        return;
+    f->live = false;
+    seen_cow_failed += err == PKV_ERR_SYSTEM;
+    if (err != PKV_ERR_OK)
+        return;
+    struct sequence *s = NULL;
+    for (int i = 0; i < SEQS && !s; i++)
+        s = seqs[i].live ? NULL : &seqs[i];
+    if (!s) {
+        if (core_seq_destroy(core, worker, handle) != PKV_ERR_OK)
+            fail("a child could not be destroyed");
+        return;
+    }
+    *s = (struct sequence){.live = true, .handle = handle, .table = (struct pkv_table *)(uintptr_t)table};
+    memcpy(s->content, f->content, sizeof(s->content));
+    for (int l = 0; l < LAYERS; l++)
+        for (uint32_t b = 0; b < BLOCKS; b++)
+            if (b >= pkv_tokens_blocks(f->tokens))
+                s->content[l][b] = 0;
+            else if (!pkv_table_layer(s->table, (uint32_t)l, s->table->blocks_max)[b].rows)
+                fail("a child lacks a block");
+    seen_forks++;
+}
+
 static void take_actions(void)
 {
     struct core_action a;
@@ -86,6 +136,7 @@ static void take_actions(void)
         } else if (a.kind == CORE_COMPLETE) {
             answered++;
             seen_full += a.err == PKV_ERR_POOL_FULL;
+            child_born(a.worker, a.tag, a.err, a.value0, a.value1);
         } else {
             memset(memory[a.tier][a.chunk], 0, sizeof(memory[a.tier][a.chunk]));
         }
@@ -196,6 +247,30 @@ static void event_read(struct reader *w, struct sequence *s)
         }
 }
 
+static void event_fork(struct reader *w, struct sequence *s)
+{
+    struct fork *f = &forks[below(FORKS)];
+    struct pkv_op_fork op = {.tokens = below((uint32_t)s->table->tokens + PKV_BLOCK_TOKENS)};
+    uint64_t handle, table;
+    enum pkv_err e;
+    if (f->live)
+        return;
+    if (below(3) == 0)
+        op.tokens -= op.tokens % PKV_BLOCK_TOKENS;
+    *f = (struct fork){.live = true, .tag = ++next_tag, .tokens = op.tokens};
+    memcpy(f->content, s->content, sizeof(f->content));
+    if (core_seq_fork(core, now, w->id, f->tag, s->handle, &op, &e, &handle, &table))
+        child_born(w->id, f->tag, e, handle, table);
+}
+
+static void event_truncate(struct reader *w, struct sequence *s)
+{
+    enum pkv_err e;
+    uint32_t layer = below(3) ? PKV_LAYER_ALL : below(LAYERS);
+    if (core_seq_truncate(core, now, w->id, 2, s->handle, layer, below(BLOCKS * PKV_BLOCK_TOKENS), &e))
+        seen_cuts += e == PKV_ERR_OK;
+}
+
 static void event_quiesce(void)
 {
     uint64_t epoch = core_epoch(core);
@@ -236,6 +311,10 @@ static void event(void)
         (void)core_seq_destroy(core, w->id, s->handle);
     else if (kind < 68)
         (void)core_seq_close(core, w->id, s->handle + (1ull << 32));
+    else if (kind < 70)
+        event_fork(w, s);
+    else if (kind < 71)
+        event_truncate(w, s);
     else if (kind < 84)
         event_grant(w, s);
     else
@@ -246,6 +325,7 @@ static void start(uint64_t seed)
 {
     state = seed * 7919 + 1;
     memset(workers, 0, sizeof(workers)), memset(seqs, 0, sizeof(seqs)), memset(memory, 0, sizeof(memory));
+    memset(forks, 0, sizeof(forks));
     copy_count = 0;
     struct core_config config = {
         .pool_chunks = CHUNKS, .arena_chunks = ARENA, .chunk_bytes = CHUNK_BYTES, .grant_timeout_ns = 20000};
@@ -282,13 +362,17 @@ int main(int argc, char **argv)
         }
         struct core_stats stats;
         core_stats(core, &stats);
-        seen_dropped += stats.dropped;
+        seen_dropped += stats.blocks_dropped;
+        seen_cow += stats.blocks_cow;
         core_destroy(core);
     }
+    printf("%" PRIu64 " forks, %" PRIu64 " truncates at once, %" PRIu64 " tails copied, %" PRIu64 " forks undone\n", seen_forks,
+           seen_cuts, seen_cow, seen_cow_failed);
     printf("%" PRIu64 " events, %" PRIu64 " grants waited, %" PRIu64 " answered late, %" PRIu64 " of them refused, %" PRIu64
            " met a full arena, %" PRIu64 " blocks dropped\n",
            seeds * events, waiting, answered, seen_full, seen_arena_full, seen_dropped);
-    if (!waiting || !seen_full || !seen_arena_full || !seen_dropped || !seen_home)
+    if (!waiting || !seen_full || !seen_arena_full || !seen_dropped || !seen_home || !seen_forks || !seen_cuts || !seen_cow ||
+        !seen_cow_failed)
         fail("the events reached too little: this run proves nothing");
     return 0;
 }

@@ -1,0 +1,96 @@
+/* Who leaves the pool under pressure. Policy: a clock over the blocks of the tenant that needs room, sinks and recent blocks of
+ * every holder kept; where it has none, the fullest chunk that can be emptied whole. Mechanism: block_drop. */
+#include "cachesvc/core/internal.h"
+
+#define DROP_AT_ONCE 16u
+
+static bool pinned_by(const struct seq *s, const struct block *b)
+{
+    return b->index < PKV_PIN_FIRST_BLOCKS || b->index + PKV_PIN_LAST_BLOCKS >= s->granted[b->layer];
+}
+
+static bool holds(const struct core *core, uint32_t seq, const struct block *b, uint32_t id)
+{
+    const struct seq *s = &core->seqs[seq];
+    return s->live && s->tenant == b->tenant && b->layer < s->layers && b->index < s->blocks_max &&
+           *seq_block(s, b->layer, b->index) == id;
+}
+
+static bool droppable(const struct core *core, uint32_t id)
+{
+    const struct block *b = &core->blocks[id];
+    if (b->state != BLOCK_HOME || !b->rows || b->pins || b->dying || pinned_by(&core->seqs[b->seq], b))
+        return false;
+    for (uint32_t i = 0; b->holders > 1 && i < core->seq_end; i++)
+        if (holds(core, i, b, id) && pinned_by(&core->seqs[i], b))
+            return false;
+    return true;
+}
+
+static uint32_t choose_block(struct core *core, uint32_t tenant, uint64_t slot_bytes)
+{
+    for (uint32_t i = 0; i < core->block_count; i++) {
+        uint32_t id = core->clock_hand++ % core->block_count;
+        const struct block *b = &core->blocks[id];
+        if (b->row_bytes == slot_bytes && b->tenant == tenant && droppable(core, id))
+            return id;
+    }
+    return NONE;
+}
+
+static uint32_t choose_chunk(const struct core *core)
+{
+    uint32_t best = NONE;
+    for (uint32_t i = 0; i < core->chunk_count[PKV_TIER_POOL]; i++) {
+        const struct chunk *c = &core->chunks[PKV_TIER_POOL][i];
+        bool all = c->tenant != NONE && c->used;
+        for (uint32_t s = 0; all && s < c->slots; s++)
+            all = c->owner[s] >= RETIRED ||
+                  (core->blocks[c->owner[s]].row_bytes == c->slot_bytes && droppable(core, c->owner[s]));
+        if (all && (best == NONE || c->used > core->chunks[PKV_TIER_POOL][best].used))
+            best = i;
+    }
+    return best;
+}
+
+static void block_drop(struct core *core, uint32_t id)
+{
+    struct block *b = &core->blocks[id];
+    assert(b->state == BLOCK_HOME && b->rows && b->home);
+    publish(&seq_entry(&core->seqs[b->seq], b->layer, b->index)->rows, b->home);
+    for (uint32_t i = 0; b->holders > 1 && i < core->seq_end; i++)
+        if (holds(core, i, b, id))
+            publish(&seq_entry(&core->seqs[i], b->layer, b->index)->rows, b->home);
+    place_retire(core, b->rows);
+    b->rows = 0;
+    core->totals.blocks_dropped++;
+}
+
+/* Places of this kind that only wait for their readers. */
+static bool coming_back(const struct core *core, uint32_t tenant, uint64_t slot_bytes)
+{
+    for (uint32_t i = 0; i < core->chunk_count[PKV_TIER_POOL]; i++) {
+        const struct chunk *c = &core->chunks[PKV_TIER_POOL][i];
+        if (c->retired && ((c->tenant == tenant && c->slot_bytes == slot_bytes) || !c->used))
+            return true;
+    }
+    return false;
+}
+
+void make_room(struct core *core, uint32_t tenant, uint64_t slot_bytes)
+{
+    if (coming_back(core, tenant, slot_bytes))
+        return;
+    uint32_t dropped = 0, id;
+    while (dropped < DROP_AT_ONCE && (id = choose_block(core, tenant, slot_bytes)) != NONE) {
+        block_drop(core, id);
+        dropped++;
+    }
+    uint32_t chunk = dropped ? NONE : choose_chunk(core);
+    if (chunk == NONE)
+        return;
+    const struct chunk *c = &core->chunks[PKV_TIER_POOL][chunk];
+    for (uint32_t s = 0; s < c->slots; s++)
+        if (c->owner[s] < RETIRED)
+            block_drop(core, c->owner[s]);
+}
