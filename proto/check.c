@@ -123,7 +123,7 @@ static enum pkv_err check_blocks(uint32_t first, uint32_t count)
 
 static enum pkv_err check_append(const struct pkv_op_append *a, uint64_t data_bytes)
 {
-    if (a->reserved0 || a->reserved)
+    if (a->flags & ~PKV_APPEND_SIGNATURES || a->reserved)
         return PKV_ERR_RESERVED;
     if (!a->tokens || !pkv_check_range(a->first_token, a->tokens, PKV_SEQ_TOKENS_MAX))
         return PKV_ERR_LENGTH;
@@ -161,7 +161,8 @@ enum pkv_err pkv_check_submission(const struct pkv_submission *s, uint64_t data_
 {
     if (s->flags || s->reserved)
         return PKV_ERR_RESERVED;
-    if (s->layer >= PKV_LAYERS_MAX && !(s->layer == PKV_LAYER_ALL && s->op == PKV_OP_GRANT))
+    bool all = s->layer == PKV_LAYER_ALL && (s->op == PKV_OP_GRANT || s->op == PKV_OP_TRUNCATE);
+    if (s->layer >= PKV_LAYERS_MAX && !all)
         return PKV_ERR_INVALID;
     switch (s->op) {
     case PKV_OP_NOP:
@@ -194,7 +195,7 @@ enum pkv_err pkv_check_submission(const struct pkv_submission *s, uint64_t data_
 
 enum pkv_err pkv_check_select(const struct pkv_select_args *a)
 {
-    if (a->reserved0 || !zero(a->reserved, sizeof(a->reserved)))
+    if (a->flags & ~PKV_SELECT_NO_ROWS || !zero(a->reserved, sizeof(a->reserved)))
         return PKV_ERR_RESERVED;
     if (!a->queries || a->queries > PKV_QUERIES_MAX || a->tokens < a->queries || a->sinks > PKV_SINKS_MAX ||
         a->recent > PKV_RECENT_MAX)

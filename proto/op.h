@@ -6,18 +6,18 @@
 #include "proto/base.h"
 
 /* X(NAME, name, payload struct, help): operations that travel through a worker's ring. */
-#define PKV_OPS(X)                                                                                                   \
-    X(NOP, nop, pkv_op_nop, "answers at once; measures the round trip")                                              \
-    X(SEQ_CREATE, seq_create, pkv_op_create, "a new sequence; value0 handle, value1 offset of its block table")      \
-    X(SEQ_OPEN, seq_open, pkv_op_open, "open an existing sequence; value0 tokens, value1 offset of its block table") \
-    X(SEQ_CLOSE, seq_close, pkv_op_nop, "close; an unshared sequence that is not persistent is freed")               \
-    X(SEQ_DESTROY, seq_destroy, pkv_op_nop, "free a sequence, whoever has it open")                                  \
-    X(FORK, fork, pkv_op_fork, "a child that shares whole blocks; value0 handle, value1 table offset")               \
-    X(TRUNCATE, truncate, pkv_op_truncate, "drop the tokens from `tokens` on")                                       \
-    X(GRANT, grant, pkv_op_grant, "places for blocks up to `tokens`; they appear in the block table")                \
-    X(SEAL, seal, pkv_op_seal, "blocks are full: copy them home")                                                    \
-    X(APPEND, append, pkv_op_append, "served mode: rows and signatures from the data area")                          \
-    X(SELECT, select, pkv_op_select, "served mode: select and gather into the data area")                            \
+#define PKV_OPS(X)                                                                                                 \
+    X(NOP, nop, pkv_op_nop, "answers at once; measures the round trip")                                            \
+    X(SEQ_CREATE, seq_create, pkv_op_create, "a new sequence; value0 handle, value1 offset of its block table")    \
+    X(SEQ_OPEN, seq_open, pkv_op_open, "open a sequence; value0 tokens, value1 table offset, bit 0: may write it") \
+    X(SEQ_CLOSE, seq_close, pkv_op_nop, "close; an unshared sequence that is not persistent is freed")             \
+    X(SEQ_DESTROY, seq_destroy, pkv_op_nop, "free a sequence, whoever has it open")                                \
+    X(FORK, fork, pkv_op_fork, "a child that shares whole blocks; value0 handle, value1 table offset")             \
+    X(TRUNCATE, truncate, pkv_op_truncate, "drop the tokens from `tokens` on, in one layer or all")                \
+    X(GRANT, grant, pkv_op_grant, "places for blocks up to `tokens`; they appear in the block table")              \
+    X(SEAL, seal, pkv_op_seal, "blocks are full: copy them home")                                                  \
+    X(APPEND, append, pkv_op_append, "served mode: rows and signatures from the data area")                        \
+    X(SELECT, select, pkv_op_select, "served mode: select and gather into the data area")                          \
     X(READ, read, pkv_op_read, "served mode: whole blocks into the data area")
 
 enum pkv_op {

@@ -30,7 +30,14 @@ static inline uint32_t pkv_handle_gen(uint64_t handle)
 
 /* Messages on the socket (SOCK_SEQPACKET). A worker has one request outstanding; the daemon answers each with a reply
  * of the same kind. File descriptors travel beside the reply (SCM_RIGHTS). */
-enum pkv_message { PKV_MSG_HELLO = 1, PKV_MSG_MODEL = 2, PKV_MSG_MAP = 3, PKV_MSG_STATE_PUT = 4, PKV_MSG_STATE_GET = 5 };
+enum pkv_message {
+    PKV_MSG_HELLO = 1,
+    PKV_MSG_MODEL = 2,
+    PKV_MSG_MAP = 3,
+    PKV_MSG_STATE_PUT = 4,
+    PKV_MSG_STATE_GET = 5,
+    PKV_MSG_BYE = 6
+};
 
 struct pkv_hello {
     uint32_t magic;
@@ -82,6 +89,15 @@ struct pkv_state_request {
 };
 PKV_WIRE_ASSERT(struct pkv_state_request, 16, 4, 4 + 2 + 2 + 4 + 4, reserved, 12);
 
+/* The worker has unmapped everything and leaves; not answered. A socket that closes without it is a death. */
+struct pkv_bye {
+    uint32_t magic;
+    uint16_t message; /* PKV_MSG_BYE */
+    uint16_t reserved0;
+    uint64_t reserved;
+};
+PKV_WIRE_ASSERT(struct pkv_bye, 16, 8, 4 + 2 + 2 + 8, reserved, 8);
+
 struct pkv_reply {
     uint32_t magic;
     uint16_t message;
@@ -131,15 +147,16 @@ struct pkv_op_seal {
 struct pkv_op_append {
     uint64_t first_token;
     uint32_t tokens;
-    uint32_t reserved0;
-    uint64_t data_off; /* rows [tokens][kv_heads][2][head_dim], then signatures [tokens][kv_heads][words] */
+    uint32_t flags;    /* PKV_APPEND_* */
+    uint64_t data_off; /* laid out by pkv_served_append (served.h) */
     uint64_t data_bytes;
     uint64_t reserved;
 };
+#define PKV_APPEND_SIGNATURES 1u /* k and v are there already: only the signatures are written, anew */
 struct pkv_op_select {
     uint64_t data_off; /* struct pkv_select_args and what follows it */
     uint64_t data_bytes;
-    uint64_t out_off; /* struct pkv_select_result and what follows it */
+    uint64_t out_off; /* laid out by pkv_served_result (served.h) */
     uint64_t out_bytes;
     uint64_t reserved;
 };
@@ -185,10 +202,7 @@ PKV_WIRE_ASSERT(struct pkv_completion, 32, 8, 4 + 4 + 3 * 8, reserved, 24);
 /* How a token's group score is made of its q heads' scores. */
 enum pkv_rule { PKV_RULE_SOFTMAX = 0, PKV_RULE_SUM = 1, PKV_RULE_MAX = 2, PKV_RULES = 3 };
 
-/* Head of a served select in the data area. After it, each part aligned to 64 bytes:
- *   q        [queries][q_heads][head_dim]  model's dtype
- *   weights  [queries][q_heads][sig_bits]  int8
- *   scales   [queries][q_heads]            float: log2-score per unit of integer score */
+/* Head of a served select in the data area; what follows it lies as pkv_served_query (served.h) says. */
 struct pkv_select_args {
     uint64_t tokens; /* length of the sequence, the queries' own tokens included; query i sees tokens - queries + 1 + i */
     uint32_t queries;
@@ -197,9 +211,10 @@ struct pkv_select_args {
     float scale; /* of the softmax */
     uint32_t sinks, recent;
     uint32_t rule;
-    uint32_t reserved0;
+    uint32_t flags; /* PKV_SELECT_* */
     uint64_t reserved[3];
 };
+#define PKV_SELECT_NO_ROWS 1u /* indices and scores only */
 PKV_WIRE_ASSERT(struct pkv_select_args, 64, 8, 8 + 2 * 4 + 2 * 4 + 2 * 4 + 2 * 4 + 3 * 8, reserved, 40);
 
 #endif
