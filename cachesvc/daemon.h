@@ -1,0 +1,64 @@
+/* The daemon: what its rooms share. One thread, the loop's, owns all of it; movers see only their jobs. */
+#ifndef CACHESVC_DAEMON_H
+#define CACHESVC_DAEMON_H
+
+#include "cachesvc/admin.h"
+#include "cachesvc/config.h"
+#include "cachesvc/core/core.h"
+#include "cachesvc/listen.h"
+#include "cachesvc/loop.h"
+#include "cachesvc/memory.h"
+#include "cachesvc/mover.h"
+#include "cachesvc/tables.h"
+#include "proto/region.h"
+
+/* Connections that have not said hello yet count too. */
+#define DAEMON_CONNECTIONS_MAX (2 * PKV_WORKERS_MAX)
+
+struct worker;
+
+#define PKV_COUNTER_MEMBER(name, unit, help) uint64_t name;
+struct daemon_counters {
+    PKV_DAEMON_COUNTERS(PKV_COUNTER_MEMBER)
+};
+
+/* The signature state of a model: a sealed memfd that a worker put. */
+struct daemon_state {
+    int fd; /* -1: none yet */
+    uint64_t bytes;
+};
+
+struct daemon {
+    struct config config;
+    struct memory memory;
+    struct tables tables;
+    struct pkv_control *control;
+    int control_fd;
+    struct core *core;
+    const struct loop_verbs *io;
+    struct loop *loop;
+    int copies_event, served_event, signals;
+    struct mover copies, served;
+    struct gpu *gpu; /* of the served mover's thread */
+    struct listener listener;
+    struct admin admin;
+    struct worker *workers[DAEMON_CONNECTIONS_MAX];
+    uint64_t next_token;
+    struct daemon_state states[PKV_MODELS_MAX];
+    struct daemon_counters counters;
+    struct pkv_worker_counters departed; /* of workers that are gone */
+    uint64_t started_ns, epoch_published;
+    bool stop;
+};
+
+/* 0, or -errno after saying why. */
+int daemon_create(const struct config *config, struct daemon **ret);
+/* Serves until SIGTERM or SIGINT; 0, or -errno after saying why. */
+int daemon_run(struct daemon *daemon);
+void daemon_destroy(struct daemon *daemon);
+
+uint64_t daemon_now_ns(void);
+/* Carries out what the core decided. */
+void daemon_act(struct daemon *daemon);
+
+#endif

@@ -1,0 +1,223 @@
+/* Messages on a worker's socket. Each is copied out of the kernel into one struct, checked, and answered by one reply. */
+#include "cachesvc/worker.h"
+
+#include "proto/check.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#define STATE_BYTES_MAX (1ull << 30)
+#define FDS_MAX         4
+
+union message {
+    struct pkv_hello hello;
+    struct pkv_model_request model;
+    struct pkv_map_request map;
+    struct pkv_state_request state;
+    struct pkv_bye bye;
+};
+
+static bool reply(struct worker *w, uint16_t message, struct pkv_reply *r, const int *fds, uint16_t count)
+{
+    r->magic = PKV_MAGIC, r->message = message, r->fds = count;
+    r->version_major = PKV_VERSION_MAJOR, r->version_minor = PKV_VERSION_MINOR;
+    union {
+        char bytes[CMSG_SPACE(FDS_MAX * sizeof(int))];
+        struct cmsghdr align;
+    } control = {{0}};
+    struct iovec io = {r, sizeof(*r)};
+    struct msghdr m = {.msg_iov = &io, .msg_iovlen = 1};
+    if (count) {
+        m.msg_control = control.bytes, m.msg_controllen = CMSG_SPACE(count * sizeof(int));
+        struct cmsghdr *c = CMSG_FIRSTHDR(&m);
+        c->cmsg_level = SOL_SOCKET, c->cmsg_type = SCM_RIGHTS, c->cmsg_len = CMSG_LEN(count * sizeof(int));
+        memcpy(CMSG_DATA(c), fds, count * sizeof(int));
+    }
+    return sendmsg(w->socket, &m, MSG_NOSIGNAL | MSG_DONTWAIT) == (ssize_t)sizeof(*r);
+}
+
+static enum pkv_err region_make(struct worker *w, uint64_t data_bytes)
+{
+    w->region_bytes = pkv_region_bytes(data_bytes), w->data_bytes = data_bytes, w->data_off = pkv_region_data_off();
+    w->region_fd = memfd_create("pivotkv-region", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    w->event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (w->region_fd < 0 || w->event < 0 || ftruncate(w->region_fd, (off_t)w->region_bytes) ||
+        fcntl(w->region_fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL))
+        return PKV_ERR_SYSTEM;
+    void *base = mmap(NULL, w->region_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, w->region_fd, 0);
+    if (base == MAP_FAILED)
+        return PKV_ERR_NO_MEMORY;
+    w->region = base;
+    if (w->daemon->io->watch(w->daemon->loop, w->event, w->token + 2))
+        return PKV_ERR_SYSTEM;
+    w->region->magic = PKV_MAGIC, w->region->worker = w->id, w->region->bytes = w->region_bytes;
+    w->region->data_off = w->data_off, w->region->data_bytes = data_bytes, w->region->epoch = PKV_EPOCH_IDLE;
+    return PKV_ERR_OK;
+}
+
+/* Bounded by the length: the sender's NUL was checked. */
+static void copy_name(char *to, const char *from)
+{
+    memcpy(to, from, PKV_NAME_BYTES);
+    for (char *c = to; *c; c++)
+        if (*c < ' ' || *c > '~')
+            *c = '?'; /* names go to logs and terminals */
+}
+
+static bool on_hello(struct worker *w, const struct pkv_hello *h)
+{
+    struct daemon *d = w->daemon;
+    struct pkv_reply r = {.features = h->features & PKV_FEATURES};
+    int tables = -1;
+    r.err = w->state == WORKER_NEW ? pkv_check_hello(h) : PKV_ERR_INVALID;
+    if (r.err == PKV_ERR_OK) {
+        copy_name(w->tenant, h->tenant[0] ? h->tenant : "default");
+        copy_name(w->label, h->label);
+        r.err = core_worker_join(d->core, w->tenant, &w->id);
+    }
+    if (r.err == PKV_ERR_OK) {
+        r.err = region_make(w, h->data_bytes);
+        tables = tables_fd(&d->tables, core_worker_tenant(d->core, w->id));
+        r.err = r.err == PKV_ERR_OK && tables < 0 ? PKV_ERR_NO_MEMORY : r.err;
+        if (r.err != PKV_ERR_OK)
+            core_worker_leave(d->core, w->id);
+    }
+    if (r.err != PKV_ERR_OK) {
+        d->counters.workers_refused++;
+        log_warn("refused pid %d: %s", w->pid, pkv_err_text(r.err));
+        reply(w, PKV_MSG_HELLO, &r, NULL, 0);
+        return false;
+    }
+    w->state = WORKER_JOINED;
+    d->counters.workers_joined++;
+    log_info("worker %u (%s, pid %d) joined tenant %s", w->id, w->label, w->pid, w->tenant);
+    r.id = w->id, r.bytes = w->region_bytes;
+    int fds[FDS_MAX] = {w->region_fd, w->event, d->control_fd, tables};
+    return reply(w, PKV_MSG_HELLO, &r, fds, FDS_MAX);
+}
+
+static bool on_model(struct worker *w, struct pkv_model_request *m)
+{
+    struct pkv_reply r = {.err = pkv_check_model(m)};
+    if (r.err == PKV_ERR_OK)
+        r.err = core_model_add(w->daemon->core, m, &r.id);
+    return reply(w, PKV_MSG_MODEL, &r, NULL, 0);
+}
+
+static bool on_map(struct worker *w, const struct pkv_map_request *m)
+{
+    struct pkv_reply r = {.err = m->reserved ? PKV_ERR_RESERVED : core_chunk_map(w->daemon->core, w->id, m->tier, m->chunk)};
+    if (r.err != PKV_ERR_OK)
+        return reply(w, PKV_MSG_MAP, &r, NULL, 0);
+    w->direct = true;
+    const struct offload_chunk *c = &w->daemon->memory.chunks[m->tier][m->chunk];
+    r.bytes = c->bytes;
+    return reply(w, PKV_MSG_MAP, &r, &c->fd, 1);
+}
+
+/* A worker's memfd that others will map: nobody may change or shrink it any more. */
+static enum pkv_err state_check(int fd, uint64_t *ret_bytes)
+{
+    int want = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE;
+    int seals = fd < 0 ? -1 : fcntl(fd, F_GET_SEALS);
+    off_t bytes = seals < 0 ? -1 : lseek(fd, 0, SEEK_END);
+    if (seals < 0 || (seals & want) != want || bytes <= 0 || (uint64_t)bytes > STATE_BYTES_MAX)
+        return PKV_ERR_INVALID;
+    *ret_bytes = (uint64_t)bytes;
+    return PKV_ERR_OK;
+}
+
+static bool on_state(struct worker *w, const struct pkv_state_request *s, int *fd)
+{
+    struct pkv_reply r = {.err = s->reserved || s->reserved0 ? PKV_ERR_RESERVED : PKV_ERR_OK};
+    if (r.err == PKV_ERR_OK && !core_model(w->daemon->core, s->model))
+        r.err = PKV_ERR_NO_MODEL;
+    if (r.err != PKV_ERR_OK)
+        return reply(w, s->message, &r, NULL, 0);
+    struct daemon_state *state = &w->daemon->states[s->model];
+    if (s->message == PKV_MSG_STATE_GET) {
+        r.err = state->fd < 0 ? PKV_ERR_NO_STATE : PKV_ERR_OK;
+        r.bytes = state->bytes;
+        return reply(w, s->message, &r, &state->fd, state->fd >= 0);
+    }
+    r.err = state->fd >= 0 ? PKV_ERR_STATE_EXISTS : state_check(*fd, &r.bytes);
+    if (r.err == PKV_ERR_OK) {
+        *state = (struct daemon_state){*fd, r.bytes};
+        *fd = -1;
+    }
+    return reply(w, s->message, &r, NULL, 0);
+}
+
+static bool dispatch(struct worker *w, union message *m, size_t bytes, int *fd)
+{
+    uint16_t kind = m->bye.message;
+    if (m->bye.magic != PKV_MAGIC || (w->state == WORKER_NEW) != (kind == PKV_MSG_HELLO))
+        return false;
+    switch (kind) {
+    case PKV_MSG_HELLO:
+        /* Another version's hello may have another size: it is to be told so. One of ours with a wrong size is refused. */
+        m->hello.reserved[0] |= bytes != sizeof(m->hello);
+        return on_hello(w, &m->hello);
+    case PKV_MSG_MODEL:
+        return bytes == sizeof(m->model) && on_model(w, &m->model);
+    case PKV_MSG_MAP:
+        return bytes == sizeof(m->map) && on_map(w, &m->map);
+    case PKV_MSG_STATE_PUT:
+    case PKV_MSG_STATE_GET:
+        return bytes == sizeof(m->state) && on_state(w, &m->state, fd);
+    default:
+        return false;
+    }
+}
+
+/* The descriptor beside a message; further ones are closed. */
+static int take_fd(struct msghdr *m)
+{
+    int kept = -1;
+    for (struct cmsghdr *c = CMSG_FIRSTHDR(m); c; c = CMSG_NXTHDR(m, c)) {
+        if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
+            continue;
+        for (size_t i = 0; i < (c->cmsg_len - CMSG_LEN(0)) / sizeof(int); i++) {
+            int fd;
+            memcpy(&fd, CMSG_DATA(c) + i * sizeof(int), sizeof(fd));
+            if (kept < 0)
+                kept = fd;
+            else
+                close(fd);
+        }
+    }
+    return kept;
+}
+
+bool message_receive(struct worker *w)
+{
+    union message message;
+    memset(&message, 0, sizeof(message));
+    union {
+        char bytes[CMSG_SPACE(FDS_MAX * sizeof(int))];
+        struct cmsghdr align;
+    } control;
+    struct iovec io = {&message, sizeof(message)};
+    struct msghdr m = {.msg_iov = &io, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof(control.bytes)};
+    ssize_t n = recvmsg(w->socket, &m, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    if (n < 0)
+        return errno == EAGAIN || errno == EINTR;
+    int fd = take_fd(&m);
+    bool good = n >= (ssize_t)sizeof(message.bye) && !(m.msg_flags & MSG_CTRUNC) &&
+                (!(m.msg_flags & MSG_TRUNC) || message.bye.message == PKV_MSG_HELLO);
+    bool bye = good && message.bye.magic == PKV_MAGIC && message.bye.message == PKV_MSG_BYE && w->state == WORKER_JOINED;
+    if (good && !bye)
+        good = dispatch(w, &message, (size_t)n, &fd);
+    if (fd >= 0)
+        close(fd);
+    if (bye)
+        worker_leave(w, false, "goodbye");
+    else if (!good)
+        worker_leave(w, w->state == WORKER_JOINED, n ? "it sent what is no message" : "its socket ended");
+    return true;
+}

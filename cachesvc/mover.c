@@ -1,0 +1,101 @@
+/* Two queues under one lock, which is held for a few instructions. */
+#include "cachesvc/mover.h"
+
+#include <errno.h>
+#include <unistd.h>
+
+static void push(struct mover_queue *q, struct mover_job *job)
+{
+    job->next = NULL;
+    if (q->first)
+        q->last->next = job;
+    else
+        q->first = job;
+    q->last = job;
+}
+
+static struct mover_job *pop(struct mover_queue *q)
+{
+    struct mover_job *job = q->first;
+    if (job)
+        q->first = job->next;
+    return job;
+}
+
+static void *mover_main(void *arg)
+{
+    struct mover *m = arg;
+    pthread_mutex_lock(&m->lock);
+    for (;;) {
+        struct mover_job *job = pop(&m->todo);
+        if (!job && m->stop)
+            break;
+        if (!job) {
+            pthread_cond_wait(&m->more, &m->lock);
+            continue;
+        }
+        pthread_mutex_unlock(&m->lock);
+        job->run(job);
+        pthread_mutex_lock(&m->lock);
+        push(&m->done, job);
+        if (__atomic_fetch_add(&m->done_count, 1, __ATOMIC_ACQ_REL) == 0) {
+            uint64_t one = 1;
+            ssize_t n = write(m->event, &one, sizeof(one)); /* full only if nobody has reaped 2^64 jobs */
+            (void)n;
+        }
+    }
+    pthread_mutex_unlock(&m->lock);
+    return NULL;
+}
+
+int mover_start(struct mover *m, uint32_t threads, int event)
+{
+    *m = (struct mover){.event = event};
+    pthread_mutex_init(&m->lock, NULL);
+    pthread_cond_init(&m->more, NULL);
+    while (m->count < threads && m->count < MOVER_THREADS_MAX) {
+        int r = pthread_create(&m->threads[m->count], NULL, mover_main, m);
+        if (r) {
+            mover_stop(m);
+            return -r;
+        }
+        m->count++;
+    }
+    return 0;
+}
+
+void mover_stop(struct mover *m)
+{
+    pthread_mutex_lock(&m->lock);
+    m->stop = true;
+    pthread_cond_broadcast(&m->more);
+    pthread_mutex_unlock(&m->lock);
+    for (uint32_t i = 0; i < m->count; i++)
+        pthread_join(m->threads[i], NULL);
+    m->count = 0;
+}
+
+void mover_submit(struct mover *m, struct mover_job *job)
+{
+    pthread_mutex_lock(&m->lock);
+    push(&m->todo, job);
+    pthread_cond_signal(&m->more);
+    pthread_mutex_unlock(&m->lock);
+}
+
+bool mover_reap(struct mover *m)
+{
+    if (!mover_has_done(m))
+        return false;
+    pthread_mutex_lock(&m->lock);
+    struct mover_job *job = m->done.first;
+    m->done = (struct mover_queue){0};
+    __atomic_store_n(&m->done_count, 0, __ATOMIC_RELEASE);
+    pthread_mutex_unlock(&m->lock);
+    while (job) {
+        struct mover_job *next = job->next;
+        job->done(job);
+        job = next;
+    }
+    return true;
+}

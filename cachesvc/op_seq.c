@@ -1,0 +1,29 @@
+/* The life of a sequence: create, open, close, destroy. */
+#include "cachesvc/optable.h"
+
+void op_seq_create(struct worker *w, const struct pkv_submission *s)
+{
+    uint64_t handle = 0, table = 0;
+    enum pkv_err e = core_seq_create(w->daemon->core, w->id, &s->u.create, &handle, &table);
+    worker_complete(w, s->tag, e, handle, table);
+}
+
+void op_seq_open(struct worker *w, const struct pkv_submission *s)
+{
+    uint64_t tokens = 0, table = 0;
+    struct core_view view = {0};
+    enum pkv_err e = core_seq_open(w->daemon->core, w->id, s->seq, &tokens, &table);
+    if (e == PKV_ERR_OK)
+        e = core_seq_view(w->daemon->core, w->id, s->seq, 0, &view);
+    worker_complete(w, s->tag, e, tokens, table | view.writer);
+}
+
+void op_seq_close(struct worker *w, const struct pkv_submission *s)
+{
+    worker_complete(w, s->tag, core_seq_close(w->daemon->core, w->id, s->seq), 0, 0);
+}
+
+void op_seq_destroy(struct worker *w, const struct pkv_submission *s)
+{
+    worker_complete(w, s->tag, core_seq_destroy(w->daemon->core, w->id, s->seq), 0, 0);
+}
