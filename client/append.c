@@ -1,0 +1,197 @@
+/* Append: grant, write rows, learn, sign, seal. In pieces, so that a prefill larger than the pool passes through it: what one
+ * piece sealed can leave the pool while the next waits for its grant. A piece that fails takes the earlier ones back. */
+#include "client/internal.h"
+
+#include <time.h>
+
+#define PIECE_BLOCKS     64u
+#define STATE_MIN_TOKENS 64u /* shorter appends teach a scheme nothing, so nobody asks the daemon for a state first */
+
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
+}
+
+static int grant(struct pkv_seq *seq, uint32_t layer, uint64_t tokens)
+{
+    struct pkv *kv = seq->model->kv;
+    if (pkv_tokens_blocks(tokens) <= seq->granted[layer])
+        return 0;
+    struct pkv_submission s = {.op = PKV_OP_GRANT, .layer = (uint16_t)layer, .seq = seq->handle};
+    s.u.grant.tokens = tokens;
+    uint64_t begin = now_ns();
+    int r = ring_call(kv, &s, NULL);
+    kv->region->counters.grant_waits++;
+    kv->region->counters.grant_wait_ns += now_ns() - begin;
+    if (!r)
+        seq->granted[layer] = pkv_tokens_blocks(tokens);
+    return r;
+}
+
+static int seal(struct pkv_seq *seq, uint32_t layer, uint64_t tokens)
+{
+    uint32_t full = (uint32_t)(tokens / PKV_BLOCK_TOKENS);
+    if (full <= seq->sealed[layer])
+        return 0;
+    struct pkv_submission s = {.op = PKV_OP_SEAL, .layer = (uint16_t)layer, .seq = seq->handle};
+    s.u.seal = (struct pkv_op_seal){.first_block = seq->sealed[layer], .count = full - seq->sealed[layer]};
+    int r = ring_post(seq->model->kv, &s);
+    if (!r)
+        seq->sealed[layer] = full;
+    return r;
+}
+
+static int sign_rows(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t tokens, const struct pkv_block_ref *refs)
+{
+    struct pkv_model *m = seq->model;
+    struct gpu_sign_args args = {.geom = &m->geom,
+                                 .space = region_writable(m->kv),
+                                 .scheme = m->scheme,
+                                 .layer = layer,
+                                 .blocks = refs,
+                                 .first_token = first,
+                                 .tokens = tokens};
+    return gpu_sign(m->kv->gpu, &args);
+}
+
+static int sign_again(struct pkv_seq *seq, uint32_t layer)
+{
+    struct pkv *kv = seq->model->kv;
+    uint64_t tokens = seq->tokens[layer];
+    uint32_t blocks = pkv_tokens_blocks(tokens);
+    if (!seq->writer || !tokens)
+        return 0;
+    if (kv->served)
+        return served_sign_again(seq, layer, tokens);
+    struct pkv_block_ref *refs = malloc(blocks * sizeof(*refs));
+    if (!refs)
+        return -PKV_ERR_NO_MEMORY;
+    /* Rows may lie in the arena: a reader like any other. */
+    pkv_epoch_enter(kv->region, kv->control);
+    int r = seq_refs(seq, layer, 0, blocks, refs);
+    r = r ? r : sign_rows(seq, layer, 0, (uint32_t)tokens, refs);
+    pkv_epoch_leave(kv->region);
+    free(refs);
+    return r;
+}
+
+static int sign_all_again(struct pkv_model *m, uint32_t first_layer, uint32_t last_layer)
+{
+    int r = 0;
+    for (struct pkv_seq *s = m->seqs; s && !r; s = s->next)
+        for (uint32_t l = first_layer; l < last_layer && !r; l++)
+            r = sign_again(s, l);
+    return r;
+}
+
+int model_learn(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t tokens, const void *k)
+{
+    struct pkv_model *m = seq->model;
+    bool changed;
+    if (tokens < STATE_MIN_TOKENS || gpu_scheme_settled(m->scheme))
+        return 0;
+    int r = model_state_fetch(m, &changed);
+    if (r)
+        return r;
+    if (changed)
+        return sign_all_again(m, 0, m->geom.layers);
+    if (!gpu_scheme_observe(m->scheme, layer, first, tokens, k))
+        return 0;
+    r = sign_all_again(m, layer, layer + 1);
+    if (r || !gpu_scheme_settled(m->scheme))
+        return r;
+    r = model_state_share(m, &changed);
+    return r || !changed ? r : sign_all_again(m, 0, m->geom.layers);
+}
+
+static int append_direct(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t tokens, const void *k, const void *v)
+{
+    struct pkv_model *m = seq->model;
+    struct pkv *kv = m->kv;
+    uint32_t first_block = (uint32_t)(first / PKV_BLOCK_TOKENS), blocks = pkv_tokens_blocks(first + tokens);
+    struct pkv_block_ref *refs = region_refs(kv, blocks);
+    if (!refs)
+        return -PKV_ERR_NO_MEMORY;
+    /* No epoch: blocks that are granted and not sealed stay where they are. */
+    int r = seq_refs(seq, layer, first_block, blocks, refs);
+    struct gpu_append_args args = {
+        .geom = &m->geom, .space = region_writable(kv), .blocks = refs, .first_token = first, .tokens = tokens, .k = k, .v = v};
+    r = r ? r : gpu_append(kv->gpu, &args);
+    r = r ? r : model_learn(seq, layer, first, tokens, k);
+    return r ? r : sign_rows(seq, layer, first, tokens, refs);
+}
+
+static int append_piece(struct pkv_seq *seq, uint32_t layer, uint32_t tokens, const char *k, const char *v)
+{
+    uint64_t first = seq->tokens[layer];
+    int r = grant(seq, layer, first + tokens);
+    if (r)
+        return r;
+    r = (seq->model->kv->served ? served_append : append_direct)(seq, layer, first, tokens, k, v);
+    r = r ? r : seal(seq, layer, first + tokens);
+    if (!r)
+        seq->tokens[layer] = first + tokens;
+    return r;
+}
+
+static void take_back(struct pkv_seq *seq, uint32_t layer, uint64_t tokens)
+{
+    struct pkv_submission s = {.op = PKV_OP_TRUNCATE, .layer = (uint16_t)layer, .seq = seq->handle};
+    s.u.truncate.tokens = tokens;
+    seq->tokens[layer] = tokens;
+    if (ring_call(seq->model->kv, &s, NULL) == 0) {
+        seq->granted[layer] = pkv_tokens_blocks(tokens);
+        seq->sealed[layer] = (uint32_t)(tokens / PKV_BLOCK_TOKENS);
+    }
+}
+
+static int append(struct pkv_seq *seq, uint32_t layer, uint32_t tokens, const char *k, const char *v)
+{
+    struct pkv *kv = seq->model->kv;
+    const struct pkv_geom *g = &seq->model->geom;
+    int r = seq_check(seq, layer);
+    if (!r)
+        r = !tokens ? -PKV_ERR_SHAPE : !seq->writer ? -PKV_ERR_NOT_WRITER : 0;
+    if (!r && kv->late != PKV_ERR_OK) {
+        r = -(int)kv->late;
+        kv->late = PKV_ERR_OK;
+    }
+    if (!r && tokens > seq->max_tokens - seq->tokens[layer])
+        r = -PKV_ERR_LENGTH;
+    uint64_t before = seq->tokens[r ? 0 : layer], bytes = pkv_geom_row_bytes(g) / 2 * g->kv_heads;
+    for (uint32_t done = 0, piece; !r && done < tokens; done += piece) {
+        uint64_t at = seq->tokens[layer], end = (at / PKV_BLOCK_TOKENS + PIECE_BLOCKS) * PKV_BLOCK_TOKENS;
+        piece = (uint32_t)PKV_MIN(end - at, (uint64_t)tokens - done);
+        r = append_piece(seq, layer, piece, k + done * bytes, v + done * bytes);
+        if (r && done)
+            take_back(seq, layer, before);
+    }
+    if (r)
+        return r;
+    kv->region->counters.append_calls++;
+    kv->region->counters.append_tokens += tokens;
+    seq_claim(seq);
+    return 0;
+}
+
+int pkv_append(struct pkv_seq *seq, uint32_t layer, uint32_t tokens, const void *k, const void *v)
+{
+    return kv_done(seq->model->kv, append(seq, layer, tokens, k, v));
+}
+
+int pkv_append_batch(struct pkv_seq *const *seqs, uint32_t count, uint32_t layer, const void *k, const void *v,
+                     uint32_t *ret_done)
+{
+    uint32_t done = 0;
+    int r = 0;
+    for (; done < count && !r; done += !r) {
+        const struct pkv_geom *g = &seqs[done]->model->geom;
+        uint64_t at = done * (pkv_geom_row_bytes(g) / 2 * g->kv_heads);
+        r = append(seqs[done], layer, 1, (const char *)k + at, (const char *)v + at);
+    }
+    if (ret_done)
+        *ret_done = done;
+    return count ? kv_done(seqs[PKV_MIN(done, count - 1)]->model->kv, r) : 0;
+}

@@ -1,0 +1,117 @@
+/* What the files of the library share. Inside, functions return 0 or -enum pkv_err, as gpu does; the public functions turn
+ * that into a negative errno and keep the sentence (kv_done). One thread at a time owns a connection and what hangs on it. */
+#ifndef CLIENT_INTERNAL_H
+#define CLIENT_INTERNAL_H
+
+#include "client/pivotkv.h"
+#include "gpu/gpu.h"
+#include "proto/check.h"
+#include "proto/ring.h"
+
+#include <stdlib.h>
+
+struct pkv {
+    int socket, event; /* event: wakes a daemon that sleeps */
+    bool served, gone;
+    uint32_t worker, timeout_ms, spin_us;
+    struct pkv_region *region; /* writable, shared with the daemon */
+    uint64_t region_bytes;
+    char *data;
+    uint64_t data_bytes;
+    const struct pkv_control *control; /* read-only */
+    const char *tables;                /* read-only, PKV_TABLE_BYTES */
+    uint32_t sq_tail, cq_head, next_tag;
+    enum pkv_err late;             /* first failure of an operation that nobody waited for */
+    uint64_t *readable[PKV_TIERS]; /* [PKV_CHUNKS_MAX] chunks mapped read-only */
+    uint64_t *writable;            /* [PKV_CHUNKS_MAX] pool chunks mapped writable */
+    uint64_t chunk_bytes;
+    struct gpu *gpu;
+    struct pkv_model *models;
+    struct pkv_block_ref *refs; /* scratch, [refs_room] */
+    uint64_t refs_room;
+    char error[256];
+};
+
+struct pkv_model {
+    struct pkv *kv;
+    struct pkv_model *next;
+    struct pkv_seq *seqs;
+    uint32_t id;
+    struct pkv_geom geom;
+    struct gpu_scheme *scheme;
+};
+
+struct pkv_seq {
+    struct pkv_model *model;
+    struct pkv_seq *next;
+    uint64_t handle, max_tokens;
+    const struct pkv_table *table;
+    bool writer;
+    uint64_t *tokens;  /* [layers] as this writer counts them */
+    uint32_t *granted; /* [layers] blocks */
+    uint32_t *sealed;  /* [layers] blocks */
+};
+
+/* connect.c: a request on the socket and its reply. `fd` travels along (-1: none); *ret_fd the one that comes back. */
+int socket_call(struct pkv *kv, const void *request, size_t bytes, int fd, struct pkv_reply *ret, int *ret_fd);
+/* -PKV_ERR_DAEMON_GONE once the daemon is not there any more; costs one system call. */
+int daemon_check(struct pkv *kv);
+/* Keeps the sentence of `r` (0 or -enum pkv_err) and returns its negative errno. */
+int kv_done(struct pkv *kv, int r);
+
+/* ring.c: one operation and its answer, within timeout_ms. `ret` may be NULL. */
+int ring_call(struct pkv *kv, const struct pkv_submission *submission, struct pkv_completion *ret);
+/* Without waiting; a failure shows in kv->late. */
+int ring_post(struct pkv *kv, const struct pkv_submission *submission);
+
+/* region.c: chunks are mapped when a place in them is met first. */
+int region_map(struct pkv *kv, uint64_t place);
+void region_unmap_all(struct pkv *kv);
+struct gpu_space region_readable(const struct pkv *kv);
+struct gpu_space region_writable(const struct pkv *kv);
+struct pkv_block_ref *region_refs(struct pkv *kv, uint64_t count); /* scratch; NULL without memory */
+
+/* model.c: takes over the state that another worker has put, if there is one; then `*ret_changed`. */
+int model_state_fetch(struct pkv_model *model, bool *ret_changed);
+/* Shares the state that this worker has learnt; takes over the other one if somebody was faster. */
+int model_state_share(struct pkv_model *model, bool *ret_changed);
+
+/* seq.c */
+int seq_check(const struct pkv_seq *seq, uint32_t layer);
+uint64_t seq_layer_tokens(const struct pkv_seq *seq, uint32_t layer);
+/* Copies the references of blocks [first, last) of a layer to `to` [last], every place mapped. Inside an epoch. */
+int seq_refs(const struct pkv_seq *seq, uint32_t layer, uint32_t first, uint32_t last, struct pkv_block_ref *to);
+void seq_claim(const struct pkv_seq *seq);
+void seq_forget(struct pkv_seq *seq);
+
+/* append.c: shows new keys (finite) to a scheme that still learns. What was signed before it learnt is signed again; what it
+ * has learnt, once complete, is shared. */
+int model_learn(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t tokens, const void *k);
+
+/* One call's queries of one sequence. */
+struct attend_part {
+    struct pkv_seq *seq;
+    uint32_t layer;
+    struct gpu_view view;
+    struct gpu_policy policy;
+    const void *q;
+    float *out, *lse; /* lse may be NULL */
+};
+
+/* served.c: the same as direct, through the data area. */
+int served_append(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t tokens, const void *k, const void *v);
+int served_sign_again(struct pkv_seq *seq, uint32_t layer, uint64_t tokens);
+int served_attend(const struct attend_part *part, struct gpu_explain *explain);
+int served_select(const struct attend_part *part, const struct gpu_rows *rows, void *gathered);
+
+/* Whether attend is dense: 1 or 0; -enum pkv_err for a budget that cannot be. */
+static inline int policy_dense(const struct gpu_policy *p, uint64_t tokens)
+{
+    if (tokens < p->dense_below)
+        return 1;
+    if (tokens > (uint64_t)p->sinks + p->recent + p->k)
+        return p->k ? 0 : -PKV_ERR_BUDGET;
+    return !p->k ? -PKV_ERR_BUDGET : p->k > tokens ? -PKV_ERR_BUDGET_LENGTH : 1;
+}
+
+#endif

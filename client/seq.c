@@ -1,0 +1,233 @@
+/* Sequences: their life, their block tables. */
+#include "client/internal.h"
+
+int seq_check(const struct pkv_seq *seq, uint32_t layer)
+{
+    if (layer >= seq->model->geom.layers)
+        return -PKV_ERR_INVALID;
+    if (!seq->writer && pkv_load64(&seq->table->seq) != seq->handle)
+        return -PKV_ERR_STALE;
+    return daemon_check(seq->model->kv);
+}
+
+/* A writer counts its own tokens; others see what every layer has sealed. */
+uint64_t seq_layer_tokens(const struct pkv_seq *seq, uint32_t layer)
+{
+    return seq->writer ? seq->tokens[layer] : PKV_MIN(pkv_load64(&seq->table->tokens), seq->max_tokens);
+}
+
+/* The daemon may free the table at any moment: it takes the handle out of the header first (cachesvc/tables.c), so entries read
+ * between two looks at the same handle are this sequence's. */
+int seq_refs(const struct pkv_seq *seq, uint32_t layer, uint32_t first, uint32_t last, struct pkv_block_ref *to)
+{
+    struct pkv *kv = seq->model->kv;
+    struct pkv_table *table = (struct pkv_table *)(uintptr_t)seq->table;
+    if (pkv_load64(&table->seq) != seq->handle || last > table->blocks_max)
+        return -PKV_ERR_STALE;
+    const struct pkv_block_ref *from = pkv_table_layer(table, layer, table->blocks_max);
+    for (uint32_t b = first; b < last; b++) {
+        to[b].rows = __atomic_load_n(&from[b].rows, __ATOMIC_RELAXED);
+        to[b].signatures = __atomic_load_n(&from[b].signatures, __ATOMIC_RELAXED);
+    }
+    __atomic_thread_fence(__ATOMIC_ACQUIRE);
+    if (pkv_load64(&table->seq) != seq->handle)
+        return -PKV_ERR_STALE;
+    for (uint32_t b = first; b < last; b++) {
+        int r = pkv_place_tier(to[b].rows) && pkv_place_tier(to[b].signatures) ? 0 : -PKV_ERR_STALE;
+        if (!r && !kv->served)
+            r = region_map(kv, to[b].rows);
+        if (!r && !kv->served)
+            r = region_map(kv, to[b].signatures);
+        if (r)
+            return r;
+    }
+    return 0;
+}
+
+void seq_claim(const struct pkv_seq *seq)
+{
+    struct pkv_region *region = seq->model->kv->region;
+    uint32_t at = pkv_handle_index(seq->handle) % PKV_WORKER_SEQS_MAX;
+    pkv_store64(&region->seq_tokens[at], pkv_seq_tokens(seq));
+    pkv_store64(&region->seq_handle[at], seq->handle);
+}
+
+static int seq_new(struct pkv_model *model, uint64_t handle, uint64_t table, struct pkv_seq **ret)
+{
+    uint32_t layers = model->geom.layers;
+    struct pkv_seq *s = calloc(1, sizeof(*s));
+    if (s) {
+        s->tokens = calloc(layers, sizeof(*s->tokens));
+        s->granted = calloc(layers, sizeof(*s->granted));
+        s->sealed = calloc(layers, sizeof(*s->sealed));
+    }
+    if (!s || !s->tokens || !s->granted || !s->sealed) {
+        if (s)
+            free(s->tokens), free(s->granted), free(s->sealed);
+        free(s);
+        return -PKV_ERR_NO_MEMORY;
+    }
+    s->model = model, s->handle = handle;
+    s->table = (const struct pkv_table *)(const void *)(model->kv->tables + table);
+    s->max_tokens = (uint64_t)s->table->blocks_max * PKV_BLOCK_TOKENS;
+    s->next = model->seqs;
+    model->seqs = s;
+    *ret = s;
+    return 0;
+}
+
+void seq_forget(struct pkv_seq *seq)
+{
+    struct pkv_seq **at = &seq->model->seqs;
+    while (*at != seq)
+        at = &(*at)->next;
+    *at = seq->next;
+    free(seq->tokens);
+    free(seq->granted);
+    free(seq->sealed);
+    free(seq);
+}
+
+static void set_length(struct pkv_seq *s, uint64_t tokens)
+{
+    for (uint32_t l = 0; l < s->model->geom.layers; l++) {
+        s->tokens[l] = tokens;
+        s->granted[l] = pkv_tokens_blocks(tokens);
+        s->sealed[l] = (uint32_t)(tokens / PKV_BLOCK_TOKENS);
+    }
+    seq_claim(s);
+}
+
+/* Asks the daemon for a sequence; gives it back where this side has no memory for it. */
+static int adopt(struct pkv_model *model, uint64_t handle, uint64_t table, struct pkv_seq **ret)
+{
+    int r = seq_new(model, handle, table, ret);
+    struct pkv_submission close = {.op = PKV_OP_SEQ_CLOSE, .seq = handle};
+    if (r)
+        (void)ring_call(model->kv, &close, NULL);
+    return r;
+}
+
+int pkv_seq_create(struct pkv_model *model, uint32_t max_tokens, uint32_t flags, const char *label, struct pkv_seq **ret)
+{
+    struct pkv_submission s = {.op = PKV_OP_SEQ_CREATE};
+    struct pkv_completion c;
+    size_t bytes = label ? strlen(label) : 0;
+    s.u.create = (struct pkv_op_create){
+        .model = model->id, .max_tokens = max_tokens, .flags = flags & PKV_PERSISTENT ? PKV_SEQ_PERSISTENT : 0};
+    memcpy(s.u.create.label, label ? label : "", PKV_MIN(bytes, sizeof(s.u.create.label) - 1));
+    int r = flags & ~PKV_PERSISTENT || !max_tokens ? -PKV_ERR_INVALID : max_tokens > PKV_SEQ_TOKENS_MAX ? -PKV_ERR_LENGTH : 0;
+    r = r ? r : ring_call(model->kv, &s, &c);
+    r = r ? r : adopt(model, c.value0, c.value1, ret);
+    if (r)
+        return kv_done(model->kv, r);
+    (*ret)->writer = true;
+    (*ret)->max_tokens = max_tokens;
+    set_length(*ret, 0);
+    return 0;
+}
+
+/* A persistent sequence without a writer has one from now on: whoever opened it. */
+int pkv_seq_open(struct pkv_model *model, uint64_t handle, struct pkv_seq **ret)
+{
+    struct pkv_submission s = {.op = PKV_OP_SEQ_OPEN, .seq = handle};
+    struct pkv_completion c;
+    bool changed;
+    int r = ring_call(model->kv, &s, &c);
+    r = r ? r : adopt(model, handle, c.value1 & ~1ull, ret);
+    if (r)
+        return kv_done(model->kv, r);
+    (*ret)->writer = c.value1 & 1;
+    if ((*ret)->table->model != model->id) {
+        r = -PKV_ERR_MODEL_MISMATCH;
+        (void)pkv_seq_close(*ret);
+        return kv_done(model->kv, r);
+    }
+    set_length(*ret, c.value0);
+    return kv_done(model->kv, model_state_fetch(model, &changed));
+}
+
+static int leave(struct pkv_seq *seq, uint8_t op)
+{
+    struct pkv *kv = seq->model->kv;
+    struct pkv_submission s = {.op = op, .seq = seq->handle};
+    int r = ring_call(kv, &s, NULL);
+    if (r == -PKV_ERR_NOT_WRITER)
+        return kv_done(kv, r);
+    seq_forget(seq);
+    /* A sequence that is gone already is closed. */
+    return kv_done(kv, op == PKV_OP_SEQ_CLOSE && r == -PKV_ERR_STALE ? 0 : r);
+}
+
+int pkv_seq_close(struct pkv_seq *seq)
+{
+    return seq ? leave(seq, PKV_OP_SEQ_CLOSE) : 0;
+}
+
+int pkv_seq_destroy(struct pkv_seq *seq)
+{
+    return leave(seq, PKV_OP_SEQ_DESTROY);
+}
+
+uint64_t pkv_seq_handle(const struct pkv_seq *seq)
+{
+    return seq->handle;
+}
+
+uint64_t pkv_seq_tokens(const struct pkv_seq *seq)
+{
+    uint64_t least = seq_layer_tokens(seq, 0);
+    for (uint32_t l = 1; l < seq->model->geom.layers; l++)
+        least = PKV_MIN(least, seq_layer_tokens(seq, l));
+    return least;
+}
+
+int pkv_seq_fork(struct pkv_seq *seq, uint64_t tokens, uint32_t max_tokens, struct pkv_seq **ret)
+{
+    struct pkv *kv = seq->model->kv;
+    struct pkv_submission s = {.op = PKV_OP_FORK, .seq = seq->handle};
+    struct pkv_completion c;
+    s.u.fork = (struct pkv_op_fork){.tokens = tokens, .max_tokens = max_tokens};
+    int r = seq_check(seq, 0);
+    if (!r && (tokens > pkv_seq_tokens(seq) || (max_tokens && tokens > max_tokens)))
+        r = -PKV_ERR_LENGTH;
+    r = r ? r : ring_call(kv, &s, &c);
+    r = r ? r : adopt(seq->model, c.value0, c.value1, ret);
+    if (r)
+        return kv_done(kv, r);
+    (*ret)->writer = true;
+    (*ret)->max_tokens = max_tokens ? max_tokens : seq->max_tokens;
+    set_length(*ret, tokens);
+    return 0;
+}
+
+int pkv_seq_truncate(struct pkv_seq *seq, uint64_t tokens)
+{
+    struct pkv *kv = seq->model->kv;
+    struct pkv_submission s = {.op = PKV_OP_TRUNCATE, .layer = PKV_LAYER_ALL, .seq = seq->handle};
+    s.u.truncate = (struct pkv_op_truncate){.tokens = tokens};
+    int r = !seq->writer ? -PKV_ERR_NOT_WRITER : seq_check(seq, 0);
+    if (!r && tokens > pkv_seq_tokens(seq))
+        r = -PKV_ERR_LENGTH;
+    r = r ? r : ring_call(kv, &s, NULL);
+    if (!r)
+        set_length(seq, tokens);
+    return kv_done(kv, r);
+}
+
+int pkv_seq_reserve(struct pkv_seq *seq, uint32_t tokens)
+{
+    struct pkv *kv = seq->model->kv;
+    uint64_t most = 0;
+    int r = !seq->writer ? -PKV_ERR_NOT_WRITER : seq_check(seq, 0);
+    for (uint32_t l = 0; l < seq->model->geom.layers; l++)
+        most = PKV_MAX(most, seq->tokens[l]);
+    if (!r && most + tokens > seq->max_tokens)
+        r = -PKV_ERR_LENGTH;
+    struct pkv_submission s = {.op = PKV_OP_GRANT, .layer = PKV_LAYER_ALL, .seq = seq->handle};
+    s.u.grant.tokens = most + tokens;
+    r = r ? r : ring_call(kv, &s, NULL);
+    for (uint32_t l = 0; !r && l < seq->model->geom.layers; l++)
+        seq->granted[l] = PKV_MAX(seq->granted[l], pkv_tokens_blocks(most + tokens));
+    return kv_done(kv, r);
+}
