@@ -5,6 +5,7 @@
 #include <time.h>
 
 #define PIECE_BLOCKS     64u
+#define PIECE_SHARE      8u  /* of the pool, at most: two pieces of several workers are in it at once */
 #define STATE_MIN_TOKENS 64u /* shorter appends teach a scheme nothing, so nobody asks the daemon for a state first */
 
 static uint64_t now_ns(void)
@@ -136,15 +137,10 @@ static int append_piece(struct pkv_seq *seq, uint32_t layer, uint32_t tokens, co
     return r;
 }
 
-static void take_back(struct pkv_seq *seq, uint32_t layer, uint64_t tokens)
+static uint32_t piece_blocks(const struct pkv_seq *seq)
 {
-    struct pkv_submission s = {.op = PKV_OP_TRUNCATE, .layer = (uint16_t)layer, .seq = seq->handle};
-    s.u.truncate.tokens = tokens;
-    seq->tokens[layer] = tokens;
-    if (ring_call(seq->model->kv, &s, NULL) == 0) {
-        seq->granted[layer] = pkv_tokens_blocks(tokens);
-        seq->sealed[layer] = (uint32_t)(tokens / PKV_BLOCK_TOKENS);
-    }
+    uint64_t share = seq->model->kv->control->pool_bytes / PIECE_SHARE / pkv_geom_block_bytes(&seq->model->geom);
+    return (uint32_t)PKV_MIN(PKV_MAX(share, 1ull), PIECE_BLOCKS);
 }
 
 static int append(struct pkv_seq *seq, uint32_t layer, uint32_t tokens, const char *k, const char *v)
@@ -160,13 +156,14 @@ static int append(struct pkv_seq *seq, uint32_t layer, uint32_t tokens, const ch
     }
     if (!r && tokens > seq->max_tokens - seq->tokens[layer])
         r = -PKV_ERR_LENGTH;
+    uint32_t most = piece_blocks(seq);
     uint64_t before = seq->tokens[r ? 0 : layer], bytes = pkv_geom_row_bytes(g) / 2 * g->kv_heads;
     for (uint32_t done = 0, piece; !r && done < tokens; done += piece) {
-        uint64_t at = seq->tokens[layer], end = (at / PKV_BLOCK_TOKENS + PIECE_BLOCKS) * PKV_BLOCK_TOKENS;
+        uint64_t at = seq->tokens[layer], end = (at / PKV_BLOCK_TOKENS + most) * PKV_BLOCK_TOKENS;
         piece = (uint32_t)PKV_MIN(end - at, (uint64_t)tokens - done);
         r = append_piece(seq, layer, piece, k + done * bytes, v + done * bytes);
         if (r && done)
-            take_back(seq, layer, before);
+            (void)seq_cut(seq, layer, before); /* the first failure is the one to tell */
     }
     if (r)
         return r;

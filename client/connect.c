@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -37,9 +38,10 @@ int kv_done(struct pkv *kv, int r)
 
 int daemon_check(struct pkv *kv)
 {
-    struct pollfd p = {.fd = kv->socket, .events = POLLIN};
-    /* Between calls the daemon sends nothing: whatever can be read is its end. */
-    if (!kv->gone && poll(&p, 1, 0) > 0)
+    struct pollfd p[] = {{.fd = kv->socket, .events = POLLIN}, {.fd = kv->process, .events = POLLIN}};
+    /* Between calls the daemon sends nothing: whatever can be read is its end. The process tells sooner than the socket, which
+     * an io_uring keeps open for a while. */
+    if (!kv->gone && poll(p, 2, 0) > 0)
         kv->gone = true;
     return kv->gone ? -PKV_ERR_DAEMON_GONE : 0;
 }
@@ -131,7 +133,7 @@ static int address_of(const char *path, struct sockaddr_un *ret)
     return n < (int)sizeof(ret->sun_path) ? 0 : -PKV_ERR_SOCKET_PATH;
 }
 
-static int dial(const char *path, uint32_t timeout_ms, int *ret)
+static int dial(const char *path, uint32_t timeout_ms, int *ret, int *ret_process)
 {
     struct sockaddr_un address;
     struct stat s;
@@ -152,11 +154,12 @@ static int dial(const char *path, uint32_t timeout_ms, int *ret)
         r = errno == EACCES || errno == EPERM ? -PKV_ERR_SOCKET_OWNER : errno == EAGAIN ? -PKV_ERR_TIMEOUT : -PKV_ERR_REFUSED;
     else if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) || peer.uid != geteuid())
         r = -PKV_ERR_SOCKET_OWNER;
-    if (r)
+    if (r) {
         close(fd);
-    else
-        *ret = fd;
-    return r;
+        return r;
+    }
+    *ret = fd, *ret_process = (int)syscall(SYS_pidfd_open, peer.pid, 0); /* -1 in another PID namespace: the socket will do */
+    return 0;
 }
 
 static bool name_copy(char to[PKV_NAME_BYTES], const char *from)
@@ -245,13 +248,13 @@ int pkv_connect(const char *path, const struct pkv_options *options, struct pkv 
         r = -PKV_ERR_INVALID;
     if (kv) {
         snprintf(kv->error, sizeof(kv->error), "%s", pkv_err_text(PKV_ERR_OK));
-        kv->socket = kv->event = -1;
+        kv->socket = kv->process = kv->event = -1;
         kv->served = o.flags & PKV_CONNECT_SERVED;
         kv->timeout_ms = o.timeout_ms ? o.timeout_ms : 10000;
         kv->spin_us = o.spin_us ? o.spin_us : 50;
     }
     r = r ? r : open_kernels(kv, &o);
-    r = r ? r : dial(path, kv->timeout_ms, &kv->socket);
+    r = r ? r : dial(path, kv->timeout_ms, &kv->socket, &kv->process);
     r = r ? r : say_hello(kv, &o);
     if (!r) {
         *ret = kv;
@@ -287,6 +290,8 @@ void pkv_close(struct pkv *kv)
     }
     if (kv->socket >= 0)
         close(kv->socket);
+    if (kv->process >= 0)
+        close(kv->process);
     if (kv->event >= 0)
         close(kv->event);
     gpu_close(kv->gpu);

@@ -11,7 +11,7 @@
 #include <stdlib.h>
 
 struct pkv {
-    int socket, event; /* event: wakes a daemon that sleeps */
+    int socket, process, event; /* process: pidfd of the daemon; event: wakes it when it sleeps */
     bool served, gone;
     uint32_t worker, timeout_ms, spin_us;
     struct pkv_region *region; /* writable, shared with the daemon */
@@ -81,6 +81,8 @@ int seq_check(const struct pkv_seq *seq, uint32_t layer);
 uint64_t seq_layer_tokens(const struct pkv_seq *seq, uint32_t layer);
 /* Copies the references of blocks [first, last) of a layer to `to` [last], every place mapped. Inside an epoch. */
 int seq_refs(const struct pkv_seq *seq, uint32_t layer, uint32_t first, uint32_t last, struct pkv_block_ref *to);
+/* Truncates one layer or all (PKV_LAYER_ALL), here and at the daemon. */
+int seq_cut(struct pkv_seq *seq, uint32_t layer, uint64_t tokens);
 void seq_claim(const struct pkv_seq *seq);
 void seq_forget(struct pkv_seq *seq);
 

@@ -91,7 +91,8 @@ PKV_API uint64_t pkv_seq_handle(const struct pkv_seq *seq);
 PKV_API uint64_t pkv_seq_tokens(const struct pkv_seq *seq);
 /* A child with the parent's first `tokens` tokens; whole blocks are shared, the tail block is copied. */
 PKV_API int pkv_seq_fork(struct pkv_seq *seq, uint64_t tokens, uint32_t max_tokens, struct pkv_seq **ret);
-/* Forgets the tokens from `tokens` on, in all layers. */
+/* Forgets the tokens from `tokens` on, in all layers. -ENOSPC, -ENOMEM: no room to copy the tail block; then the sequence is
+ * cut to the next multiple of 64. */
 PKV_API int pkv_seq_truncate(struct pkv_seq *seq, uint64_t tokens);
 /* Room for `tokens` more tokens in every layer, so that the appends that follow do not wait. */
 PKV_API int pkv_seq_reserve(struct pkv_seq *seq, uint32_t tokens);

@@ -88,14 +88,33 @@ void seq_forget(struct pkv_seq *seq)
     free(seq);
 }
 
+static void set_layer(struct pkv_seq *s, uint32_t layer, uint64_t tokens)
+{
+    s->tokens[layer] = tokens;
+    s->granted[layer] = pkv_tokens_blocks(tokens);
+    s->sealed[layer] = (uint32_t)(tokens / PKV_BLOCK_TOKENS);
+}
+
 static void set_length(struct pkv_seq *s, uint64_t tokens)
 {
-    for (uint32_t l = 0; l < s->model->geom.layers; l++) {
-        s->tokens[l] = tokens;
-        s->granted[l] = pkv_tokens_blocks(tokens);
-        s->sealed[l] = (uint32_t)(tokens / PKV_BLOCK_TOKENS);
-    }
+    for (uint32_t l = 0; l < s->model->geom.layers; l++)
+        set_layer(s, l, tokens);
     seq_claim(s);
+}
+
+int seq_cut(struct pkv_seq *seq, uint32_t layer, uint64_t tokens)
+{
+    struct pkv_submission s = {.op = PKV_OP_TRUNCATE, .layer = (uint16_t)layer, .seq = seq->handle};
+    s.u.truncate = (struct pkv_op_truncate){.tokens = tokens};
+    int r = ring_call(seq->model->kv, &s, NULL);
+    uint32_t first = layer == PKV_LAYER_ALL ? 0 : layer, last = layer == PKV_LAYER_ALL ? seq->model->geom.layers : layer + 1;
+    /* Without room for the tail's copy, whole blocks have gone and the tail is as it was. */
+    bool tail = r == -PKV_ERR_POOL_FULL || r == -PKV_ERR_ARENA_FULL || r == -PKV_ERR_SYSTEM;
+    uint64_t left = tail ? PKV_ALIGN_UP(tokens, PKV_BLOCK_TOKENS) : tokens;
+    for (uint32_t l = first; l < last && (!r || tail); l++)
+        set_layer(seq, l, PKV_MIN(left, seq->tokens[l]));
+    seq_claim(seq);
+    return r;
 }
 
 /* Asks the daemon for a sequence; gives it back where this side has no memory for it. */
@@ -203,16 +222,10 @@ int pkv_seq_fork(struct pkv_seq *seq, uint64_t tokens, uint32_t max_tokens, stru
 
 int pkv_seq_truncate(struct pkv_seq *seq, uint64_t tokens)
 {
-    struct pkv *kv = seq->model->kv;
-    struct pkv_submission s = {.op = PKV_OP_TRUNCATE, .layer = PKV_LAYER_ALL, .seq = seq->handle};
-    s.u.truncate = (struct pkv_op_truncate){.tokens = tokens};
     int r = !seq->writer ? -PKV_ERR_NOT_WRITER : seq_check(seq, 0);
     if (!r && tokens > pkv_seq_tokens(seq))
         r = -PKV_ERR_LENGTH;
-    r = r ? r : ring_call(kv, &s, NULL);
-    if (!r)
-        set_length(seq, tokens);
-    return kv_done(kv, r);
+    return kv_done(seq->model->kv, r ? r : seq_cut(seq, PKV_LAYER_ALL, tokens));
 }
 
 int pkv_seq_reserve(struct pkv_seq *seq, uint32_t tokens)

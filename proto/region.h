@@ -51,9 +51,10 @@ struct pkv_control {
     uint32_t reserved0;
     uint64_t epoch;    /* grows each time that places are retired */
     uint64_t instance; /* random, of this run of the daemon */
-    uint64_t reserved[4];
+    uint64_t pool_bytes, arena_bytes;
+    uint64_t reserved[2];
 };
-PKV_WIRE_ASSERT(struct pkv_control, 64, 8, 4 * 4 + 2 * 8 + 4 * 8, reserved, 32);
+PKV_WIRE_ASSERT(struct pkv_control, 64, 8, 4 * 4 + 4 * 8 + 2 * 8, reserved, 48);
 
 static inline uint64_t pkv_region_data_off(void)
 {

@@ -113,8 +113,10 @@ void block_retire(struct core *core, uint32_t id)
 {
     struct block *b = &core->blocks[id];
     assert(!b->holders);
-    b->dying = b->going_home || b->pins || b->fills;
-    if (b->dying)
+    bool dying = b->going_home || b->pins || b->fills;
+    core->dying += dying - b->dying;
+    b->dying = dying;
+    if (dying)
         return;
     if (b->rows)
         place_retire(core, b->rows);

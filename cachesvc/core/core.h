@@ -83,7 +83,8 @@ bool core_grant(struct core *core, uint64_t now_ns, uint32_t worker, uint32_t ta
  * brings the handle and the table's offset. */
 bool core_seq_fork(struct core *core, uint64_t now_ns, uint32_t worker, uint32_t tag, uint64_t handle,
                    const struct pkv_op_fork *op, enum pkv_err *ret_err, uint64_t *ret_handle, uint64_t *ret_table);
-/* Forgets the tokens from `tokens` on in one layer or all. */
+/* Forgets the tokens from `tokens` on in one layer or all. Whole blocks go at once; if the tail block cannot be copied, it
+ * stays as it is. */
 bool core_seq_truncate(struct core *core, uint64_t now_ns, uint32_t worker, uint32_t tag, uint64_t handle, uint32_t layer,
                        uint64_t tokens, enum pkv_err *ret_err);
 enum pkv_err core_seal(struct core *core, uint32_t worker, uint64_t handle, uint32_t layer, uint32_t first, uint32_t count);

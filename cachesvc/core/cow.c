@@ -121,9 +121,10 @@ static bool cow_start(struct core *core, uint64_t now_ns, uint32_t index, enum p
     struct waiting entry = {.cow = true,
                             .worker = s->cow.worker,
                             .tag = s->cow.tag,
+                            .missing = e,
                             .handle = pkv_handle(index, s->gen),
                             .deadline_ns = now_ns + core->config.grant_timeout_ns};
-    if (e == PKV_ERR_OK || (e == PKV_ERR_POOL_FULL && waiting_add(core, &entry)))
+    if (e == PKV_ERR_OK || (waiting_helps(core, e) && waiting_add(core, &entry)))
         return false;
     *ret_err = e;
     cow_abort(core, index, e);
@@ -222,6 +223,8 @@ bool core_seq_truncate(struct core *core, uint64_t now_ns, uint32_t worker, uint
     if (*ret_err != PKV_ERR_OK)
         return true;
     waiting_drop(core, handle, NONE, PKV_ERR_BUSY); /* grants of a length that is given up */
+    /* Whole blocks go at once: a full arena gets room for the tail's copy from them. */
+    cut(core, index, first, last, PKV_ALIGN_UP(tokens, PKV_BLOCK_TOKENS));
     s->cow.first_layer = first, s->cow.last_layer = last;
     for (uint32_t l = first; l < last && tokens % PKV_BLOCK_TOKENS; l++) {
         uint32_t id = *seq_block(s, l, tail);

@@ -17,6 +17,14 @@ static enum pkv_err grant_try(struct core *core, uint32_t index, uint32_t layer,
     return PKV_ERR_OK;
 }
 
+bool waiting_helps(const struct core *core, enum pkv_err e)
+{
+    bool coming = core->dying > 0;
+    for (uint32_t i = 0; i < core->chunk_count[PKV_TIER_ARENA] && !coming; i++)
+        coming = core->chunks[PKV_TIER_ARENA][i].retired > 0;
+    return e == PKV_ERR_POOL_FULL || (e == PKV_ERR_ARENA_FULL && coming);
+}
+
 bool waiting_add(struct core *core, const struct waiting *entry)
 {
     if (core->waiting_count == PENDING_MAX)
@@ -66,13 +74,14 @@ bool core_grant(struct core *core, uint64_t now_ns, uint32_t worker, uint32_t ta
     if (*ret_err != PKV_ERR_OK)
         return true;
     *ret_err = grant_try(core, pkv_handle_index(handle), layer, tokens);
-    if (*ret_err != PKV_ERR_POOL_FULL) {
+    if (!waiting_helps(core, *ret_err)) {
         core->totals.grants_refused += *ret_err != PKV_ERR_OK;
         return true;
     }
     return !waiting_add(core, &(struct waiting){.worker = worker,
                                                 .tag = tag,
                                                 .layer = layer,
+                                                .missing = *ret_err,
                                                 .handle = handle,
                                                 .tokens = tokens,
                                                 .deadline_ns = now_ns + core->config.grant_timeout_ns});
@@ -90,8 +99,8 @@ void core_quiesce(struct core *core, uint64_t now_ns, uint64_t epoch)
     for (uint32_t i = 0; i < core->waiting_count;) {
         struct waiting w = core->waiting[i];
         enum pkv_err e = retry(core, &w);
-        if (e == PKV_ERR_POOL_FULL) {
-            i++;
+        if (waiting_helps(core, e)) {
+            core->waiting[i++].missing = e;
             continue;
         }
         waiting_remove(core, i);
@@ -110,7 +119,7 @@ void core_tick(struct core *core, uint64_t now_ns)
             continue;
         }
         waiting_remove(core, i);
-        answer(core, &w, PKV_ERR_POOL_FULL);
+        answer(core, &w, w.missing);
     }
 }
 

@@ -76,6 +76,7 @@ struct worker {
 struct waiting {
     bool cow; /* the sequence's fork or truncate; else a grant */
     uint32_t worker, tag, layer;
+    enum pkv_err missing; /* POOL_FULL or ARENA_FULL: the answer when the bound has passed */
     uint64_t handle, tokens, deadline_ns;
 };
 
@@ -86,7 +87,7 @@ struct core {
     uint32_t chunk_count[PKV_TIERS], chunk_hint[PKV_TIERS];
     struct block *blocks;
     uint32_t block_count, block_room, block_free, clock_hand;
-    uint32_t by_state[BLOCK_STATES];
+    uint32_t by_state[BLOCK_STATES], dying;
     struct seq seqs[PKV_SEQS_MAX];
     uint32_t seq_end; /* no live sequence from here on */
     struct worker workers[PKV_WORKERS_MAX];
@@ -137,6 +138,8 @@ void seq_free(struct core *core, uint32_t index);
 void seq_publish_tokens(struct seq *seq);
 
 /* grants.c */
+/* Places for what failed with `e` may come by themselves: dropped copies, or what only waits for readers and copies. */
+bool waiting_helps(const struct core *core, enum pkv_err e);
 /* Joins the queue; false where it is full. */
 bool waiting_add(struct core *core, const struct waiting *entry);
 void waiting_drop(struct core *core, uint64_t handle, uint32_t worker, enum pkv_err answer); /* worker NONE: anybody's */

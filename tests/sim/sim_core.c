@@ -136,6 +136,7 @@ static void take_actions(void)
         } else if (a.kind == CORE_COMPLETE) {
             answered++;
             seen_full += a.err == PKV_ERR_POOL_FULL;
+            seen_arena_full += a.err == PKV_ERR_ARENA_FULL;
             child_born(a.worker, a.tag, a.err, a.value0, a.value1);
         } else {
             memset(memory[a.tier][a.chunk], 0, sizeof(memory[a.tier][a.chunk]));
