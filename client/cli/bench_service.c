@@ -1,0 +1,258 @@
+/* The service through the public library, each figure on a private daemon in a folder of its own. */
+#include "client/cli/bench.h"
+
+#include "client/pivotkv.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define CHUNK 65536u
+
+struct private
+{
+    pid_t pid;
+    char folder[64], socket[80];
+};
+
+static void daemon_stop(struct private *d)
+{
+    static const char *const names[] = {"socket", "socket.lock", "admin"};
+    if (d->pid > 0) {
+        kill(d->pid, SIGTERM);
+        waitpid(d->pid, NULL, 0);
+    }
+    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
+        char path[160];
+        snprintf(path, sizeof(path), "%s/%s", d->folder, names[i]);
+        unlink(path);
+    }
+    rmdir(d->folder);
+}
+
+/* Starts a daemon and connects; NULL after saying why. *ret_seconds: from exec to the accepted hello. */
+static struct pkv *daemon_start(const struct bench *b, struct private *d, const char *pool, const char *arena, uint32_t flags,
+                                double *ret_seconds)
+{
+    char threads[16];
+    struct pkv *kv = NULL;
+    struct pkv_options o = {.size = sizeof(o), .flags = flags, .threads = b->threads, .label = "bench", .spin_us = 1000000};
+    snprintf(d->folder, sizeof(d->folder), "/tmp/pivotkv-bench-XXXXXX");
+    if (!mkdtemp(d->folder))
+        return NULL;
+    snprintf(d->socket, sizeof(d->socket), "%s/socket", d->folder);
+    snprintf(threads, sizeof(threads), "%u", b->threads);
+    double begin = bench_now();
+    d->pid = fork();
+    if (d->pid == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        execl(b->daemon, b->daemon, "--socket", d->socket, "--pool-bytes", pool, "--arena-bytes", arena, "--threads", threads,
+              "--spin-us", "200000", "--log-level", "warn", (char *)NULL);
+        fprintf(stderr, "pivotkv: cannot run %s: %s; name it with --daemon\n", b->daemon, strerror(errno));
+        _exit(127);
+    }
+    while (d->pid > 0 && pkv_connect(d->socket, &o, &kv) && bench_now() - begin < 60) {
+        if (waitpid(d->pid, NULL, WNOHANG) == d->pid) {
+            d->pid = 0;
+            break;
+        }
+        usleep(1000);
+    }
+    *ret_seconds = bench_now() - begin;
+    if (!kv)
+        daemon_stop(d);
+    return kv;
+}
+
+static struct pkv_seq *sequence(struct pkv *kv, uint32_t max_tokens)
+{
+    struct pkv_model_desc desc = {.size = sizeof(desc),
+                                  .layers = 1,
+                                  .q_heads = 32,
+                                  .kv_heads = 8,
+                                  .head_dim = 128,
+                                  .type = PKV_TYPE_F16,
+                                  .name = "bench"};
+    struct pkv_model *model;
+    struct pkv_seq *seq = NULL;
+    if (pkv_model_open(kv, &desc, &model) || pkv_seq_create(model, max_tokens, 0, "bench", &seq))
+        return NULL;
+    return seq;
+}
+
+static int by_size(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median(double *values, uint32_t count)
+{
+    qsort(values, count, sizeof(*values), by_size);
+    return values[count / 2];
+}
+
+static void figure_empty(struct bench *b, struct pkv *kv)
+{
+    enum { COUNT = 20001 };
+    static double us[COUNT];
+    for (uint32_t i = 0; i < COUNT; i++) {
+        uint64_t ns = 0;
+        pkv_ping(kv, &ns);
+        us[i] = (double)ns * 1e-3;
+    }
+    double value = median(us, COUNT);
+    bench_add(b, &(struct figure){"served_empty", "us", NULL, value, 0, value, 5, false});
+}
+
+static void fill(uint16_t *to, uint64_t count)
+{
+    uint64_t state = 99;
+    for (uint64_t i = 0; i < count; i++) {
+        state = state * 6364136223846793005ull + 1442695040888963407ull;
+        to[i] = (uint16_t)((state >> 40 & 0x83ff) | (11 + (state >> 60 & 3)) << 10);
+    }
+}
+
+static void figure_append(struct bench *b, struct pkv_seq *seq, uint32_t tokens, const uint16_t *k, const uint16_t *v)
+{
+    uint64_t bytes = 2ull * tokens * 8 * 128 * sizeof(*k);
+    char *to = malloc(bytes);
+    double copy[5], append[5];
+    if (!to || pkv_append(seq, 0, 128, k, v)) /* the scheme learns before the clock starts */
+        return;
+    memset(to, 1, bytes);
+    for (int i = 0; i < 5; i++) {
+        if (pkv_seq_truncate(seq, 128) || pkv_seq_reserve(seq, tokens))
+            return;
+        usleep(300000); /* copies home of the round before */
+        copy[i] = peer_copy(to, k, bytes / 2, b->threads) + peer_copy(to + bytes / 2, v, bytes / 2, b->threads);
+        double begin = bench_now();
+        if (pkv_append(seq, 0, tokens, k, v))
+            return;
+        append[i] = bench_now() - begin;
+    }
+    double ours = (double)bytes * 1e-9 / median(append, 5), peer = (double)bytes * 1e-9 / median(copy, 5);
+    bench_add(b, &(struct figure){"append_64k", "GB/s", "memcpy of the same bytes", ours, peer, ours / peer, 0.60, true});
+    free(to);
+}
+
+static void figure_served(struct bench *b, struct pkv *direct, struct pkv_seq *seq, const char *socket, const uint16_t *q)
+{
+    enum { ROUNDS = 11 };
+    struct pkv_options o = {.size = sizeof(o), .flags = PKV_CONNECT_SERVED, .threads = b->threads, .spin_us = 1000000};
+    struct pkv_model_desc desc = {.size = sizeof(desc),
+                                  .layers = 1,
+                                  .q_heads = 32,
+                                  .kv_heads = 8,
+                                  .head_dim = 128,
+                                  .type = PKV_TYPE_F16,
+                                  .name = "bench"};
+    struct pkv_budget budget = {.size = sizeof(budget), .k = 2048, .sinks = 128, .recent = 128};
+    struct pkv *served;
+    struct pkv_model *model;
+    struct pkv_seq *seqs[2] = {seq};
+    static float out[2][32 * 128];
+    double seconds[2][ROUNDS];
+    uint32_t one = 1;
+    pkv_ping(direct, NULL);
+    if (pkv_connect(socket, &o, &served) || pkv_model_open(served, &desc, &model) ||
+        pkv_seq_open(model, pkv_seq_handle(seq), &seqs[1]))
+        return;
+    for (int i = 0; i < ROUNDS; i++)
+        for (int way = 0; way < 2; way++) {
+            double begin = bench_now();
+            if (pkv_attend(&seqs[way], &one, 1, 0, q, &budget, out[way], NULL, NULL))
+                return;
+            seconds[way][i] = bench_now() - begin;
+        }
+    double d = median(seconds[0], ROUNDS), s = median(seconds[1], ROUNDS);
+    if (memcmp(out[0], out[1], sizeof(out[0])))
+        fprintf(stderr, "pivotkv: direct and served disagree\n");
+    bench_add(b, &(struct figure){"served_128k", "ms", "direct", s * 1e3, d * 1e3, s / d, 1.5, false});
+    pkv_close(served);
+}
+
+static void figures_of_one_daemon(struct bench *b)
+{
+    struct private d;
+    double seconds;
+    uint32_t tokens = CHUNK / b->scale;
+    uint64_t count = (uint64_t)tokens * 8 * 128;
+    uint16_t *k = malloc(count * sizeof(*k)), *v = malloc(count * sizeof(*v));
+    struct pkv *kv = k && v ? daemon_start(b, &d, "1G", "1G", 0, &seconds) : NULL;
+    struct pkv_seq *seq = kv ? sequence(kv, 3 * CHUNK) : NULL;
+    if (seq) {
+        fill(k, count), fill(v, count);
+        if (bench_wanted(b, "served_empty"))
+            figure_empty(b, kv);
+        if (bench_wanted(b, "append_64k"))
+            figure_append(b, seq, tokens, k, v);
+        if (bench_wanted(b, "served_128k") && pkv_seq_truncate(seq, 0) == 0 && pkv_append(seq, 0, tokens, k, v) == 0 &&
+            pkv_append(seq, 0, tokens, k, v) == 0)
+            figure_served(b, kv, seq, d.socket, k);
+    }
+    if (kv) {
+        pkv_close(kv);
+        daemon_stop(&d);
+    }
+    free(k), free(v);
+}
+
+static uint64_t resident(pid_t pid)
+{
+    char path[64], line[128];
+    unsigned long long kib = 0;
+    snprintf(path, sizeof(path), "/proc/%d/status", (int)pid);
+    FILE *f = fopen(path, "re");
+    while (f && fgets(line, sizeof(line), f))
+        if (sscanf(line, "VmRSS: %llu", &kib) == 1)
+            break;
+    if (f)
+        fclose(f);
+    return kib * 1024;
+}
+
+static void figures_of_a_large_arena(struct bench *b)
+{
+    uint64_t pool = 256ull << 20, arena = (8ull << 30) / b->scale;
+    char arena_text[32];
+    struct private d;
+    double seconds;
+    snprintf(arena_text, sizeof(arena_text), "%llu", (unsigned long long)arena);
+    if (bench_available() < pool + arena + (1ull << 30)) {
+        bench_skip(b, "start_8g", "not enough memory for an arena of 8 GiB");
+        bench_skip(b, "daemon_rss", "not enough memory for an arena of 8 GiB");
+        return;
+    }
+    struct pkv *kv = daemon_start(b, &d, "256M", arena_text, 0, &seconds);
+    if (!kv)
+        return;
+    if (bench_wanted(b, "start_8g"))
+        bench_add(b, &(struct figure){"start_8g", "s", NULL, seconds, 0, seconds, 5, false});
+    struct pkv_seq *seq = sequence(kv, CHUNK);
+    uint16_t *k = calloc((uint64_t)4096 * 8 * 128, sizeof(*k));
+    for (int i = 0; seq && k && i < 8; i++) /* a daemon at work, not a fresh one */
+        if (pkv_append(seq, 0, 4096, k, k))
+            break;
+    double beyond = ((double)resident(d.pid) - (double)(pool + arena)) / (1 << 20);
+    double allowed = 64 + 0.005 * (double)(pool + arena) / (1 << 20);
+    if (bench_wanted(b, "daemon_rss"))
+        bench_add(b, &(struct figure){"daemon_rss", "MiB", "64 MiB + 0.5 % of pool and arena", beyond, allowed, beyond, allowed,
+                                      false});
+    free(k);
+    pkv_close(kv);
+    daemon_stop(&d);
+}
+
+void bench_service(struct bench *b)
+{
+    if (bench_wanted(b, "served_empty") || bench_wanted(b, "append_64k") || bench_wanted(b, "served_128k"))
+        figures_of_one_daemon(b);
+    if (bench_wanted(b, "start_8g") || bench_wanted(b, "daemon_rss"))
+        figures_of_a_large_arena(b);
+}
