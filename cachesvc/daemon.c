@@ -261,7 +261,8 @@ int daemon_run(struct daemon *d)
         uint64_t now = daemon_now_ns();
         if (turn(d))
             busy = now;
-        if (now - busy < d->config.spin_us * 1000) {
+        /* While movers compute, spinning would take their processor; they wake the loop. */
+        if (now - busy < d->config.spin_us * 1000 && !d->serving) {
             /* Descriptors cost a system call: while spinning they are looked at now and then. */
             if (now - looked > 20000) {
                 n = descriptors(d, 0);

@@ -44,6 +44,7 @@ struct daemon {
     struct admin admin;
     struct worker *workers[DAEMON_CONNECTIONS_MAX];
     uint64_t next_token;
+    uint32_t serving; /* served jobs under way */
     struct daemon_state states[PKV_MODELS_MAX];
     struct daemon_counters counters;
     struct pkv_worker_counters departed; /* of workers that are gone */

@@ -60,6 +60,7 @@ static void done(struct mover_job *job)
     struct served *s = PKV_CONTAINER_OF(job, struct served, job);
     struct worker *w = s->worker;
     w->served = NULL;
+    w->daemon->serving--;
     w->daemon->counters.served_rows += s->value0;
     if (w->state == WORKER_LEFT) {
         worker_free(w);
@@ -78,5 +79,6 @@ void served_submit(struct served *s)
     s->job.run = run, s->job.done = done;
     s->epoch = core_epoch(d->core);
     s->worker->served = s;
+    d->serving++;
     mover_submit(&d->served, &s->job);
 }

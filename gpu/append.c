@@ -101,7 +101,7 @@ static void sign_key(const struct gpu_kernels *kernels, const struct gpu_sign_ar
         uint32_t bits = 0;
         for (uint32_t b = 0; b < 32; b++) {
             const float *axis = a->scheme->rotation + ((uint64_t)w * 32 + b) * g->head_dim;
-            bits |= (uint32_t)(kernels->dot(axis, k, PKV_F32, g->head_dim) > 0) << b;
+            bits |= (uint32_t)(kernels->dot(axis, k, g->head_dim) > 0) << b;
         }
         words[w] = bits;
     }

@@ -60,7 +60,7 @@ static void attend_one(void *context, uint64_t item, uint32_t thread)
                                         pkv_geom_row_offset(g, head, token % PKV_BLOCK_TOKENS);
             __builtin_prefetch(rows[i]);
         }
-        struct gpu_step step = {rows, n, group, g->head_dim, g->dtype, q, states};
+        struct gpu_step step = {rows, n, group, g->head_dim, g->dtype, 1, &n, q, states};
         p->gpu->kernels->step(&step);
     }
     for (uint32_t h = 0; h < group; h++)
@@ -103,44 +103,101 @@ struct dense {
     uint64_t pool, arena;
 };
 
+/* Query tokens [first, first + count) of a view: they share the conversion of each block. */
+struct tile {
+    const struct gpu_view *view;
+    uint32_t query, first, count; /* query: of the whole batch */
+};
+
+static uint32_t tile_queries(const struct pkv_geom *g)
+{
+    return PKV_MIN(GPU_TILE_HEADS / pkv_geom_group(g), GPU_TILE);
+}
+
+static uint32_t tiles_of(const struct gpu_dense_args *a, uint32_t wanted, struct tile *ret)
+{
+    uint32_t each = tile_queries(a->geom), n = 0, query = 0;
+    for (uint32_t s = 0; s < a->seqs; query += a->views[s++].queries) {
+        uint32_t here = PKV_DIV_UP(a->views[s].queries, each);
+        if (wanted - n < here) {
+            uint32_t first = (wanted - n) * each;
+            *ret = (struct tile){&a->views[s], query + first, first, PKV_MIN(each, a->views[s].queries - first)};
+        }
+        n += here;
+    }
+    return n;
+}
+
+/* What one query token's q heads of this kv head remember between pieces. */
+static void states_open(const struct gpu_dense_args *a, uint64_t q_head, uint32_t group, struct gpu_softmax *states)
+{
+    uint32_t dim = a->geom->head_dim;
+    for (uint32_t h = 0; h < group; h++) {
+        if (a->start) {
+            a->max[q_head + h] = -INFINITY;
+            a->sum[q_head + h] = 0;
+            memset(a->out + (q_head + h) * dim, 0, dim * sizeof(float));
+        }
+        states[h] = (struct gpu_softmax){a->max[q_head + h], a->sum[q_head + h], a->out + (q_head + h) * dim};
+    }
+}
+
+static void states_close(const struct gpu_dense_args *a, uint64_t q_head, uint32_t group, const struct gpu_softmax *states)
+{
+    for (uint32_t h = 0; h < group; h++) {
+        a->max[q_head + h] = states[h].max;
+        a->sum[q_head + h] = states[h].sum;
+        if (a->finish)
+            finish(&states[h], a->geom->head_dim, states[h].out, a->lse ? a->lse + q_head + h : NULL);
+    }
+}
+
+/* One block for all queries of a tile; returns the rows that were attended, over all of them. */
+static uint64_t tile_block(const struct dense *p, const struct tile *t, uint32_t head, uint64_t block, const float *q,
+                           struct gpu_softmax *states)
+{
+    const struct gpu_dense_args *a = p->a;
+    const struct pkv_geom *g = a->geom;
+    const void *rows[PKV_BLOCK_TOKENS];
+    uint32_t visible[GPU_TILE], most = 0;
+    uint64_t total = 0, sees = t->view->tokens - t->view->queries + 1 + t->first, begin = block * PKV_BLOCK_TOKENS;
+    for (uint32_t i = 0; i < t->count; i++) {
+        visible[i] = sees + i > begin ? (uint32_t)PKV_MIN(PKV_BLOCK_TOKENS, sees + i - begin) : 0;
+        most = PKV_MAX(most, visible[i]);
+        total += visible[i];
+    }
+    const char *base = gpu_place(&a->space, t->view->blocks[block].rows, pkv_geom_block_bytes(g));
+    for (uint32_t i = 0; i < most; i++)
+        rows[i] = base + pkv_geom_row_offset(g, head, i);
+    struct gpu_step step = {rows, most, pkv_geom_group(g), g->head_dim, g->dtype, t->count, visible, q, states};
+    p->gpu->kernels->step(&step);
+    return total;
+}
+
 static void dense_one(void *context, uint64_t item, uint32_t thread)
 {
     (void)thread;
     struct dense *p = context;
     const struct gpu_dense_args *a = p->a;
     const struct pkv_geom *g = a->geom;
-    uint32_t query = (uint32_t)(item / g->kv_heads), head = (uint32_t)(item % g->kv_heads), group = pkv_geom_group(g);
-    struct gpu_query where = gpu_query_find(a->views, a->seqs, query);
-    uint64_t q_head = (uint64_t)query * g->q_heads + (uint64_t)head * group, pool = 0, arena = 0;
-    float q[PKV_GROUP_MAX * PKV_HEAD_DIM_MAX];
-    struct gpu_softmax states[PKV_GROUP_MAX];
-    load_queries(p->gpu->kernels, g, a->q, q_head, group, p->scale, q);
-    for (uint32_t h = 0; h < group; h++) {
-        if (a->start) {
-            a->max[q_head + h] = -INFINITY;
-            a->sum[q_head + h] = 0;
-            memset(a->out + (q_head + h) * g->head_dim, 0, g->head_dim * sizeof(float));
-        }
-        states[h] = (struct gpu_softmax){a->max[q_head + h], a->sum[q_head + h], a->out + (q_head + h) * g->head_dim};
+    uint32_t head = (uint32_t)(item % g->kv_heads), group = pkv_geom_group(g);
+    struct tile t = {0};
+    tiles_of(a, (uint32_t)(item / g->kv_heads), &t);
+    float q[GPU_TILE_HEADS * PKV_HEAD_DIM_MAX];
+    struct gpu_softmax states[GPU_TILE_HEADS];
+    for (uint32_t i = 0; i < t.count; i++) {
+        uint64_t q_head = (uint64_t)(t.query + i) * g->q_heads + (uint64_t)head * group;
+        load_queries(p->gpu->kernels, g, a->q, q_head, group, p->scale, q + (uint64_t)i * group * g->head_dim);
+        states_open(a, q_head, group, states + (uint64_t)i * group);
     }
-    uint64_t end = PKV_MIN((uint64_t)pkv_tokens_blocks(where.visible), (uint64_t)a->first_block + a->blocks);
+    uint64_t last = t.view->tokens - t.view->queries + t.first + t.count, pool = 0, arena = 0;
+    uint64_t end = PKV_MIN((uint64_t)pkv_tokens_blocks(last), (uint64_t)a->first_block + a->blocks);
     for (uint64_t b = a->first_block; b < end; b++) {
-        const void *rows[PKV_BLOCK_TOKENS];
-        uint64_t place = where.view->blocks[b].rows;
-        uint32_t n = (uint32_t)PKV_MIN(PKV_BLOCK_TOKENS, where.visible - b * PKV_BLOCK_TOKENS);
-        const char *block = gpu_place(&a->space, place, pkv_geom_block_bytes(g));
-        for (uint32_t i = 0; i < n; i++)
-            rows[i] = block + pkv_geom_row_offset(g, head, i);
-        *(pkv_place_tier(place) == PKV_TIER_POOL ? &pool : &arena) += n;
-        struct gpu_step step = {rows, n, group, g->head_dim, g->dtype, q, states};
-        p->gpu->kernels->step(&step);
+        bool hot = pkv_place_tier(t.view->blocks[b].rows) == PKV_TIER_POOL;
+        *(hot ? &pool : &arena) += tile_block(p, &t, head, b, q, states);
     }
-    for (uint32_t h = 0; h < group; h++) {
-        a->max[q_head + h] = states[h].max;
-        a->sum[q_head + h] = states[h].sum;
-        if (a->finish)
-            finish(&states[h], g->head_dim, states[h].out, a->lse ? a->lse + q_head + h : NULL);
-    }
+    for (uint32_t i = 0; i < t.count; i++)
+        states_close(a, (uint64_t)(t.query + i) * g->q_heads + (uint64_t)head * group, group, states + (uint64_t)i * group);
     __atomic_fetch_add(&p->pool, pool, __ATOMIC_RELAXED);
     __atomic_fetch_add(&p->arena, arena, __ATOMIC_RELAXED);
 }
@@ -153,7 +210,8 @@ int gpu_dense(struct gpu *gpu, const struct gpu_dense_args *a)
     uint64_t begin = gpu_now_ns();
     struct dense p = {.gpu = gpu, .a = a, .scale = gpu_scale(a->scale, a->geom)};
     uint32_t queries = gpu_queries(a->views, a->seqs);
-    gpu_team_run(&gpu->team, dense_one, &p, (uint64_t)queries * a->geom->kv_heads);
+    struct tile ignored;
+    gpu_team_run(&gpu->team, dense_one, &p, (uint64_t)tiles_of(a, UINT32_MAX, &ignored) * a->geom->kv_heads);
     if (a->explain) {
         a->explain->dense += a->finish ? queries : 0;
         a->explain->attended += p.pool + p.arena;

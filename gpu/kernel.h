@@ -12,18 +12,19 @@
 /* Rows that one step of attention merges: the partial sums of a step do not depend on where the rows lie. */
 #define GPU_ATTEND_STEP 64
 
-/* Scores one kv head's candidates of one query token: codes[t] for first <= t < last, and their histogram. */
+/* Scores one kv head's candidates of one query token: codes[t] for first <= t < last, and how often each code occurs. */
 struct gpu_scan {
     const uint32_t *const *signatures; /* [blocks] of this kv head: [16][words][4] */
     uint32_t first, last;              /* tokens */
     uint32_t group, words;
     const int8_t *weights; /* [group][words * 32] */
     const float *scales;   /* [group] */
-    const float *biases;   /* [group], log2 units */
+    const float *biases;   /* [group], log2 units, finite */
     uint32_t rule;         /* enum pkv_rule */
     int32_t low;           /* integer rules: the least score */
     uint32_t shift;
-    int16_t *tables;     /* scratch [group][words * 4][256] */
+    uint32_t k;          /* 0: count all; else codes that cannot be among the k best may be left out of the histogram */
+    int16_t *tables;     /* scratch [group][words * 4][256], aligned to 64 */
     uint16_t *codes;     /* [last]; entries below first are not written */
     uint32_t *histogram; /* [codes], zero on entry */
 };
@@ -34,13 +35,17 @@ struct gpu_softmax {
     float *out;     /* [head_dim], not yet divided */
 };
 
-/* Merges `count` rows (at most GPU_ATTEND_STEP) into the states of a group of q heads. */
+/* Merges rows (at most GPU_ATTEND_STEP) into the states of a group of q heads of several query tokens. */
 struct gpu_step {
     const void *const *rows; /* [count] K then V */
     uint32_t count, group, head_dim, dtype;
-    const float *q;             /* [group][head_dim], scaled */
-    struct gpu_softmax *states; /* [group] */
+    uint32_t queries;           /* at most GPU_TILE, and GPU_TILE_HEADS / group */
+    const uint32_t *visible;    /* [queries] how many of the rows a query sees */
+    const float *q;             /* [queries][group][head_dim], scaled */
+    struct gpu_softmax *states; /* [queries][group] */
 };
+#define GPU_TILE       16u
+#define GPU_TILE_HEADS 64u /* queries x group */
 
 struct gpu_kernels {
     const char *name;
@@ -48,7 +53,12 @@ struct gpu_kernels {
     void (*step)(const struct gpu_step *args);
     void (*to_float)(const void *from, uint32_t dtype, float *to, uint64_t count);
     int (*finite)(const void *from, uint32_t dtype, uint64_t count); /* 1 if every number is finite */
-    float (*dot)(const float *a, const void *b, uint32_t dtype, uint32_t count);
+    float (*dot)(const float *a, const float *b, uint32_t count);    /* count: a multiple of GPU_LANES */
+    /* Sum of the weights [words * 32] of the bits set in words[0], words[4], .. */
+    int32_t (*score)(const uint32_t *words, uint32_t count, const int8_t *weights);
+    /* Tokens t, first <= t < last, whose code is above `threshold`, and the first `ties` of those that have it: how many. */
+    uint32_t (*pick)(const uint16_t *codes, uint32_t first, uint32_t last, uint32_t threshold, uint32_t ties,
+                     uint32_t *ret_index);
 };
 
 extern const struct gpu_kernels gpu_kernels_c, gpu_kernels_avx2, gpu_kernels_avx512;

@@ -110,7 +110,7 @@ static void learn_head(struct gpu_scheme *s, uint32_t layer, uint32_t head, uint
             for (uint32_t d = 0; d < g->head_dim; d++)
                 key[d] -= mean[d];
             for (uint32_t b = 0; b < g->sig_bits; b++)
-                deviation[b] += fabsf(gpu_kernels_c.dot(s->rotation + (uint64_t)b * g->head_dim, key, PKV_F32, g->head_dim)) /
+                deviation[b] += fabsf(gpu_kernels_c.dot(s->rotation + (uint64_t)b * g->head_dim, key, g->head_dim)) /
                                 (float)(tokens - first);
         }
     }
@@ -202,7 +202,7 @@ static void weigh_one(void *context, uint64_t item, uint32_t thread)
     const struct gpu_kernels *k = p->gpu->kernels;
     k->to_float((const char *)p->a->q + item * g->head_dim * pkv_dtype_bytes(g->dtype), g->dtype, q, g->head_dim);
     for (uint32_t b = 0; b < g->sig_bits; b++) {
-        w[b] = k->dot(s->rotation + (uint64_t)b * g->head_dim, q, PKV_F32, g->head_dim) * deviation[b];
+        w[b] = k->dot(s->rotation + (uint64_t)b * g->head_dim, q, g->head_dim) * deviation[b];
         max = fabsf(w[b]) > max ? fabsf(w[b]) : max;
     }
     float step = max > 0 ? 127.0f / max : 0.0f;

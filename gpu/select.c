@@ -36,45 +36,54 @@ static const char *row_of(const struct gpu_select_args *a, const struct gpu_view
     return block + pkv_geom_row_offset(a->geom, head, token % PKV_BLOCK_TOKENS);
 }
 
-static int32_t integer_score(const struct gpu_select_args *a, const uint32_t *signatures, uint32_t token, const int8_t *w)
+/* What a bias is made of, per q head of the group. */
+struct reference {
+    float max, sum; /* of 2^exact */
+    float shift;    /* sum of exact minus estimate */
+};
+
+static void look_at(const struct select *s, const struct gpu_view *view, uint32_t head, uint32_t token, bool fit,
+                    const float *queries, const int8_t *weights, const float *units, const uint32_t *const *signatures,
+                    struct reference *refs)
 {
-    uint32_t words = pkv_geom_words(a->geom), in = token % PKV_BLOCK_TOKENS;
-    int32_t sum = 0;
-    for (uint32_t b = 0; b < words * 32; b++)
-        if (signatures[(in / 4) * 4 * words + (b / 32) * 4 + in % 4] >> b % 32 & 1)
-            sum += w[b];
-    return sum;
+    const struct pkv_geom *g = s->a->geom;
+    const struct gpu_kernels *k = s->gpu->kernels;
+    uint32_t words = pkv_geom_words(g), in = token % PKV_BLOCK_TOKENS;
+    const uint32_t *signature = signatures[token / PKV_BLOCK_TOKENS] + in / 4 * 4 * words + in % 4;
+    float key[PKV_HEAD_DIM_MAX];
+    k->to_float(row_of(s->a, view, head, token), g->dtype, key, g->head_dim);
+    for (uint32_t h = 0; h < pkv_geom_group(g); h++) {
+        struct reference *r = &refs[h];
+        float exact = k->dot(queries + (uint64_t)h * g->head_dim, key, g->head_dim) * s->scale * 1.44269504f;
+        float above = exact > r->max ? exact : r->max;
+        r->sum = r->sum * exp2f(r->max - above) + exp2f(exact - above);
+        r->max = above;
+        if (fit)
+            r->shift += exact - units[h] * (float)k->score(signature, words, weights + (uint64_t)h * g->sig_bits);
+    }
 }
 
-/* Bias of one q head, log2 units: minus the log-sum-exp of the exact scores over sinks and recent, plus the mean
+/* Biases of the group's q heads, log2 units: minus the log-sum-exp of the exact scores over sinks and recent, plus the mean
  * difference of exact and estimated scores over the recent tokens (over the sinks where there are none): signatures know a
  * score up to a constant per query. */
-static float bias_of(const struct select *s, const struct gpu_view *view, uint32_t head, const void *q, const int8_t *weights,
-                     float unit, const struct span *span, const uint32_t *const *signatures)
+static void biases_of(const struct select *s, const struct gpu_view *view, uint32_t head, const void *q, const int8_t *weights,
+                      const float *units, const struct span *span, const uint32_t *const *signatures, float *ret)
 {
-    const struct gpu_select_args *a = s->a;
-    const struct gpu_kernels *k = s->gpu->kernels;
-    const float log2e = 1.44269504f;
-    float query[PKV_HEAD_DIM_MAX], max = -INFINITY, sum = 0, shift = 0;
-    k->to_float(q, a->geom->dtype, query, a->geom->head_dim);
-    uint32_t fitted = 0, recent = span->visible - span->last;
-    for (uint32_t t = 0; t < span->visible; t = t + 1 == span->first ? span->last : t + 1) {
-        if (t >= span->first && t < span->last)
-            t = span->last; /* no sinks */
-        if (t >= span->visible)
-            break;
-        float exact = k->dot(query, row_of(a, view, head, t), a->geom->dtype, a->geom->head_dim) * s->scale * log2e;
-        float above = exact > max ? exact : max;
-        sum = sum * exp2f(max - above) + exp2f(exact - above);
-        max = above;
-        if (t >= span->last || !recent) {
-            shift += exact - unit * (float)integer_score(a, signatures[t / PKV_BLOCK_TOKENS], t, weights);
-            fitted++;
-        }
+    const struct pkv_geom *g = s->a->geom;
+    uint32_t group = pkv_geom_group(g), recent = span->visible - span->last, fitted = recent ? recent : span->first;
+    float queries[PKV_GROUP_MAX * PKV_HEAD_DIM_MAX];
+    struct reference refs[PKV_GROUP_MAX];
+    s->gpu->kernels->to_float(q, g->dtype, queries, (uint64_t)group * g->head_dim);
+    for (uint32_t h = 0; h < group; h++)
+        refs[h] = (struct reference){-INFINITY, 0, 0};
+    for (uint32_t t = 0; t < span->first; t++)
+        look_at(s, view, head, t, !recent, queries, weights, units, signatures, refs);
+    for (uint32_t t = span->last; t < span->visible; t++)
+        look_at(s, view, head, t, true, queries, weights, units, signatures, refs);
+    for (uint32_t h = 0; h < group; h++) {
+        ret[h] = fitted ? refs[h].shift / (float)fitted - (refs[h].max + log2f(refs[h].sum)) : 0;
+        ret[h] = isfinite(ret[h]) ? ret[h] : 0; /* huge q and k: any order is as good */
     }
-    if (!fitted)
-        return 0;
-    return shift / (float)fitted - (max + log2f(sum));
 }
 
 /* How many of the best to take: k, or fewer under top-p. */
@@ -102,24 +111,20 @@ static uint32_t budget_of(const struct gpu_policy *p, const uint32_t *histogram,
 }
 
 /* Sinks, the k best in ascending order with ties to the lower index, recent. Returns the length. */
-static uint32_t write_list(const struct span *span, const uint16_t *codes, const uint32_t *histogram, uint32_t k,
-                           uint32_t *index, uint16_t *score)
+static uint32_t write_list(const struct gpu_kernels *kernels, const struct span *span, const uint16_t *codes,
+                           const uint32_t *histogram, uint32_t codes_end, uint32_t k, uint32_t *index, uint16_t *score)
 {
-    uint32_t threshold = GPU_CODES, above = 0, n = 0;
+    uint32_t threshold = codes_end, above = 0, n = 0;
     while (k && threshold > 1 && above + histogram[threshold - 1] < k)
         above += histogram[--threshold];
     threshold--;
     uint32_t ties = k - above;
     for (uint32_t t = 0; t < span->first; t++)
         index[n++] = t;
-    for (uint32_t t = span->first; k && t < span->last; t++) {
-        if (codes[t] < threshold || (codes[t] == threshold && !ties))
-            continue;
-        ties -= codes[t] == threshold;
-        if (score)
-            score[n] = codes[t];
-        index[n++] = t;
-    }
+    if (k)
+        n += kernels->pick(codes, span->first, span->last, threshold, ties, index + n);
+    for (uint32_t i = span->first; score && i < n; i++)
+        score[i] = codes[index[i]];
     for (uint32_t t = span->last; t < span->visible; t++)
         index[n++] = t;
     return n;
@@ -180,13 +185,14 @@ static void select_one(void *context, uint64_t item, uint32_t thread)
         x.signatures[b] = (const uint32_t *)(const void *)(gpu_place(&a->space, where.view->blocks[b].signatures,
                                                                      pkv_geom_sig_block_bytes(g)) +
                                                            pkv_geom_sig_index(g, head, 0, 0) * 4ull);
-    memset(x.histogram, 0, GPU_CODES * sizeof(uint32_t));
+    bool softmax = a->policy.rule == PKV_RULE_SOFTMAX;
+    memset(x.histogram, 0, (softmax ? GPU_CODE_SOFTMAX_MAX + 1 : GPU_CODES) * sizeof(uint32_t));
     uint64_t q_head = (uint64_t)query * g->q_heads + (uint64_t)head * group;
     const int8_t *weights = a->weights + q_head * g->sig_bits;
     float biases[PKV_GROUP_MAX] = {0};
-    for (uint32_t h = 0; h < group && a->policy.rule == PKV_RULE_SOFTMAX; h++)
-        biases[h] = bias_of(s, where.view, head, (const char *)a->q + (q_head + h) * g->head_dim * pkv_dtype_bytes(g->dtype),
-                            weights + (uint64_t)h * g->sig_bits, a->scales[q_head + h], &span, x.signatures);
+    if (softmax)
+        biases_of(s, where.view, head, (const char *)a->q + q_head * g->head_dim * pkv_dtype_bytes(g->dtype), weights,
+                  a->scales + q_head, &span, x.signatures, biases);
     struct gpu_scan scan = {.signatures = x.signatures,
                             .first = span.first,
                             .last = span.last,
@@ -196,6 +202,7 @@ static void select_one(void *context, uint64_t item, uint32_t thread)
                             .scales = a->scales + q_head,
                             .biases = biases,
                             .rule = a->policy.rule,
+                            .k = a->policy.top_p > 0 ? 0 : a->policy.k,
                             .tables = x.tables,
                             .codes = x.codes,
                             .histogram = x.histogram};
@@ -207,7 +214,8 @@ static void select_one(void *context, uint64_t item, uint32_t thread)
     if (s->rows->score)
         memset(s->rows->score + list, 0, s->rows->rows_max * sizeof(uint16_t));
     s->rows->count[item] =
-        write_list(&span, x.codes, x.histogram, k, s->rows->index + list, s->rows->score ? s->rows->score + list : NULL);
+        write_list(s->gpu->kernels, &span, x.codes, x.histogram, softmax ? GPU_CODE_SOFTMAX_MAX + 1 : GPU_CODES, k,
+                   s->rows->index + list, s->rows->score ? s->rows->score + list : NULL);
     __atomic_fetch_add(&s->scan_ns, scanned - begin, __ATOMIC_RELAXED);
     __atomic_fetch_add(&s->select_ns, gpu_now_ns() - scanned, __ATOMIC_RELAXED);
 }

@@ -144,7 +144,7 @@ static void figure_append(struct bench *b, struct pkv_seq *seq, uint32_t tokens,
 static void figure_served(struct bench *b, struct pkv *direct, struct pkv_seq *seq, const char *socket, const uint16_t *q)
 {
     enum { ROUNDS = 11 };
-    struct pkv_options o = {.size = sizeof(o), .flags = PKV_CONNECT_SERVED, .threads = b->threads, .spin_us = 1000000};
+    struct pkv_options o = {.size = sizeof(o), .flags = PKV_CONNECT_SERVED, .threads = b->threads};
     struct pkv_model_desc desc = {.size = sizeof(desc),
                                   .layers = 1,
                                   .q_heads = 32,

@@ -1,8 +1,11 @@
 /* The host kernels. Compiled once per instruction set with GPU_KERNELS naming the table; see kernel.h for why the bits
  * agree. */
 #include "gpu/code.h"
+#include "gpu/host/scan.h"
+#include "gpu/host/vector.h"
 #include "gpu/kernel.h"
 
+#include <stdbool.h>
 #include <stdlib.h>
 
 #ifdef __F16C__
@@ -80,20 +83,15 @@ static float reduce(const float *lanes)
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-static float dot_float(const float *a, const float *b, uint32_t count)
+static float dot(const float *a, const float *b, uint32_t count)
 {
-    float lanes[GPU_LANES] = {0};
+    union {
+        lanes16 v;
+        float f[GPU_LANES];
+    } sum = {{0}};
     for (uint32_t i = 0; i < count; i += GPU_LANES)
-        for (uint32_t l = 0; l < GPU_LANES; l++)
-            lanes[l] += a[i + l] * b[i + l];
-    return reduce(lanes);
-}
-
-static float dot(const float *a, const void *b, uint32_t dtype, uint32_t count)
-{
-    float row[PKV_HEAD_DIM_MAX];
-    to_float(b, dtype, row, count);
-    return dot_float(a, row, count);
+        sum.v += *(const lanes16 *)(const void *)(a + i) * *(const lanes16 *)(const void *)(b + i);
+    return reduce(sum.f);
 }
 
 /* ---- attention ---- */
@@ -118,48 +116,102 @@ static float exp_negative(float x)
     return p * power;
 }
 
-static void step_head(const struct gpu_step *a, const float *keys, const float *values, uint32_t head)
+/* Scores of 16 rows at once from keys [head_dim][64]: lane l of every row's sum is one accumulator, added as reduce() does. */
+static inline void scores_of_rows(const float *q, const float *keys, uint32_t head_dim, float *ret)
 {
-    struct gpu_softmax *s = &a->states[head];
-    const float *q = a->q + (uint64_t)head * a->head_dim;
-    float weights[GPU_ATTEND_STEP], max = s->max;
-    for (uint32_t r = 0; r < a->count; r++) {
-        weights[r] = dot_float(q, keys + (uint64_t)r * a->head_dim, a->head_dim);
-        max = weights[r] > max ? weights[r] : max;
+    lanes16 sum[GPU_LANES];
+#pragma GCC unroll 16
+    for (int l = 0; l < GPU_LANES; l++)
+        sum[l] = (lanes16){0};
+    for (uint32_t d = 0; d < head_dim; d += GPU_LANES) {
+#pragma GCC unroll 16
+        for (int l = 0; l < GPU_LANES; l++)
+            sum[l] += q[d + l] * *(const lanes16 *)(const void *)(keys + (uint64_t)(d + l) * GPU_ATTEND_STEP);
     }
-    float keep = s->sum > 0 ? exp_negative(s->max - max) : 0.0f, sum = 0;
-    for (uint32_t r = 0; r < a->count; r++) {
-        weights[r] = exp_negative(weights[r] - max);
-        sum += weights[r];
-    }
-    float out[PKV_HEAD_DIM_MAX];
-    for (uint32_t d = 0; d < a->head_dim; d++)
-        out[d] = s->out[d] * keep;
-    for (uint32_t r = 0; r < a->count; r++) {
-        const float *v = values + (uint64_t)r * a->head_dim;
-        float w = weights[r];
-        for (uint32_t d = 0; d < a->head_dim; d++)
-            out[d] += w * v[d];
-    }
-    memcpy(s->out, out, a->head_dim * sizeof(float));
-    s->sum = s->sum * keep + sum;
-    s->max = max;
+#pragma GCC unroll 8
+    for (int l = 0; l < 8; l++)
+        sum[l] += sum[l + 8];
+#pragma GCC unroll 4
+    for (int l = 0; l < 4; l++)
+        sum[l] += sum[l + 4];
+    *(lanes16 *)(void *)ret = (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
+/* out[32] = out * keep + sum over rows of weight x value, rows in order. */
+static inline void add_values(const float *values, uint32_t stride, const float *weights, uint32_t count, float keep,
+                              float *out)
+{
+    lanes16 a = *(const lanes16 *)(const void *)out * keep, b = *(const lanes16 *)(const void *)(out + 16) * keep;
+    for (uint32_t r = 0; r < count; r++) {
+        const float *v = values + (uint64_t)r * stride;
+        a += weights[r] * *(const lanes16 *)(const void *)v;
+        b += weights[r] * *(const lanes16 *)(const void *)(v + 16);
+    }
+    *(lanes16 *)(void *)out = a;
+    *(lanes16 *)(void *)(out + 16) = b;
+}
+
+/* Scores become weights relative to the new maximum; the state's sum follows. Returns what the old output keeps. `scores` has
+ * room for GPU_ATTEND_STEP: the last lanes are filled up, so that sums have one order. */
+static float weigh(struct gpu_softmax *s, float *scores, uint32_t count)
+{
+    uint32_t whole = PKV_ALIGN_UP(count, GPU_LANES);
+    float lanes[GPU_LANES], max = s->max;
+    for (uint32_t r = count; r < whole; r++)
+        scores[r] = -INFINITY;
+    memcpy(lanes, scores, sizeof(lanes));
+    for (uint32_t r = GPU_LANES; r < whole; r += GPU_LANES)
+        for (uint32_t l = 0; l < GPU_LANES; l++)
+            lanes[l] = scores[r + l] > lanes[l] ? scores[r + l] : lanes[l];
+    for (uint32_t l = 0; l < GPU_LANES; l++)
+        max = lanes[l] > max ? lanes[l] : max;
+    float keep = s->sum > 0 ? exp_negative(s->max - max) : 0.0f;
+    for (uint32_t r = 0; r < whole; r++)
+        scores[r] = exp_negative(scores[r] - max);
+    for (uint32_t r = count; r < whole; r++)
+        scores[r] = 0;
+    memcpy(lanes, scores, sizeof(lanes));
+    for (uint32_t r = GPU_LANES; r < whole; r += GPU_LANES)
+        for (uint32_t l = 0; l < GPU_LANES; l++)
+            lanes[l] += scores[r + l];
+    s->sum = s->sum * keep + reduce(lanes);
+    s->max = max;
+    return keep;
+}
+
+/* Few query heads: one row after the other. Many: keys are turned once, so that rows are lanes. The sums are the same. */
 static void step(const struct gpu_step *a)
 {
-    float keys[GPU_ATTEND_STEP * PKV_HEAD_DIM_MAX], values[GPU_ATTEND_STEP * PKV_HEAD_DIM_MAX];
-    uint32_t bytes = a->head_dim * pkv_dtype_bytes(a->dtype);
+    float keys[GPU_ATTEND_STEP * PKV_HEAD_DIM_MAX], values[GPU_ATTEND_STEP * PKV_HEAD_DIM_MAX], row[PKV_HEAD_DIM_MAX];
+    float scores[GPU_ATTEND_STEP];
+    uint32_t bytes = a->head_dim * pkv_dtype_bytes(a->dtype), heads = a->queries * a->group;
+    bool turned = heads > 8;
     for (uint32_t r = 0; r < a->count; r++) {
-        to_float(a->rows[r], a->dtype, keys + (uint64_t)r * a->head_dim, a->head_dim);
+        float *key = turned ? row : keys + (uint64_t)r * a->head_dim;
+        to_float(a->rows[r], a->dtype, key, a->head_dim);
+        for (uint32_t d = 0; turned && d < a->head_dim; d++)
+            keys[(uint64_t)d * GPU_ATTEND_STEP + r] = row[d];
         to_float((const char *)a->rows[r] + bytes, a->dtype, values + (uint64_t)r * a->head_dim, a->head_dim);
     }
-    for (uint32_t head = 0; head < a->group; head++)
-        step_head(a, keys, values, head);
+    for (uint32_t h = 0; h < heads; h++) {
+        const float *q = a->q + (uint64_t)h * a->head_dim;
+        struct gpu_softmax *s = &a->states[h];
+        uint32_t count = a->visible[h / a->group];
+        for (uint32_t r = 0; turned && r < count; r += GPU_LANES)
+            scores_of_rows(q, keys + r, a->head_dim, scores + r);
+        for (uint32_t r = 0; !turned && r < count; r++)
+            scores[r] = dot(q, keys + (uint64_t)r * a->head_dim, a->head_dim);
+        if (!count)
+            continue;
+        float keep = weigh(s, scores, count);
+        for (uint32_t d = 0; d < a->head_dim; d += 32)
+            add_values(values + d, a->head_dim, scores, count, keep, s->out + d);
+    }
 }
 
 /* ---- scan ---- */
 
+#ifndef GPU_SCAN_WORDS
 /* Sums of the weights of all 256 values of each byte of a signature. */
 static void fill_tables(const struct gpu_scan *a)
 {
@@ -175,7 +227,7 @@ static void fill_tables(const struct gpu_scan *a)
     }
 }
 
-static int32_t score(const int16_t *tables, const uint32_t *words, uint32_t count)
+static int32_t look_up(const int16_t *tables, const uint32_t *words, uint32_t count)
 {
     int32_t sum = 0;
     for (uint32_t w = 0; w < count; w++, tables += 4 * 256) {
@@ -192,19 +244,19 @@ static uint16_t code_of(const struct gpu_scan *a, const uint32_t *words)
     if (a->rule == PKV_RULE_SOFTMAX) {
         float sum = 0;
         for (uint32_t h = 0; h < a->group; h++)
-            sum += gpu_exp2(fmaf((float)score(a->tables + h * stride, words, a->words), a->scales[h], a->biases[h]));
+            sum += gpu_exp2(fmaf((float)look_up(a->tables + h * stride, words, a->words), a->scales[h], a->biases[h]));
         return gpu_code_softmax(sum);
     }
     int32_t total = 0, best = INT32_MIN;
     for (uint32_t h = 0; h < a->group; h++) {
-        int32_t s = score(a->tables + h * stride, words, a->words);
+        int32_t s = look_up(a->tables + h * stride, words, a->words);
         total += s;
         best = s > best ? s : best;
     }
     return gpu_code_integer(a->rule == PKV_RULE_SUM ? total : best, a->low, a->shift);
 }
 
-static void scan(const struct gpu_scan *a)
+static void scan_bytes(const struct gpu_scan *a)
 {
     fill_tables(a);
     for (uint32_t t = a->first; t < a->last; t++) {
@@ -215,12 +267,53 @@ static void scan(const struct gpu_scan *a)
         a->histogram[code]++;
     }
 }
+#endif
+
+static int32_t score(const uint32_t *words, uint32_t count, const int8_t *weights)
+{
+    int32_t sum = 0;
+    for (uint32_t w = 0; w < count; w++, weights += 32)
+        for (uint32_t b = 0; b < 32; b++)
+            sum += (int32_t)(words[w * 4] >> b & 1) * weights[b];
+    return sum;
+}
+
+static uint32_t pick(const uint16_t *codes, uint32_t first, uint32_t last, uint32_t threshold, uint32_t ties, uint32_t *ret)
+{
+    uint32_t n = 0;
+    for (uint32_t t = first; t < last;) {
+        uint32_t end = PKV_MIN(t + 64, last);
+        if (end - t == 64) { /* most stretches hold nothing: one maximum says so */
+            uint16_t most = 0;
+            for (uint32_t i = 0; i < 64; i++)
+                most = codes[t + i] > most ? codes[t + i] : most;
+            if (most < threshold) {
+                t = end;
+                continue;
+            }
+        }
+        for (; t < end; t++) {
+            bool tie = codes[t] == threshold;
+            if (codes[t] < threshold || (tie && !ties))
+                continue;
+            ties -= tie;
+            ret[n++] = t;
+        }
+    }
+    return n;
+}
 
 const struct gpu_kernels GPU_KERNELS = {
     .name = GPU_KERNELS_NAME,
-    .scan = scan,
+#ifdef GPU_SCAN_WORDS
+    .scan = scan_words,
+#else
+    .scan = scan_bytes,
+#endif
     .step = step,
     .to_float = to_float,
     .finite = finite_all,
     .dot = dot,
+    .score = score,
+    .pick = pick,
 };
