@@ -5,7 +5,8 @@
 #include <time.h>
 
 #define PIECE_BLOCKS     64u
-#define PIECE_SHARE      8u  /* of the pool, at most: two pieces of several workers are in it at once */
+#define PIECE_SHARE      8u /* of the pool, at most: two pieces of several workers are in it at once */
+#define CACHED_BLOCKS    8u
 #define STATE_MIN_TOKENS 64u /* shorter appends teach a scheme nothing, so nobody asks the daemon for a state first */
 
 static uint64_t now_ns(void)
@@ -107,21 +108,33 @@ int model_learn(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t to
     return r || !changed ? r : sign_all_again(m, 0, m->geom.layers);
 }
 
+/* Rows are signed while they are still in the cache, once the scheme has nothing more to learn from them. */
 static int append_direct(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t tokens, const void *k, const void *v)
 {
     struct pkv_model *m = seq->model;
     struct pkv *kv = m->kv;
     uint32_t first_block = (uint32_t)(first / PKV_BLOCK_TOKENS), blocks = pkv_tokens_blocks(first + tokens);
+    uint32_t step = gpu_scheme_settled(m->scheme) ? CACHED_BLOCKS * PKV_BLOCK_TOKENS : tokens;
+    uint64_t bytes = pkv_geom_row_bytes(&m->geom) / 2 * m->geom.kv_heads;
     struct pkv_block_ref *refs = region_refs(kv, blocks);
     if (!refs)
         return -PKV_ERR_NO_MEMORY;
     /* No epoch: blocks that are granted and not sealed stay where they are. */
     int r = seq_refs(seq, layer, first_block, blocks, refs);
-    struct gpu_append_args args = {
-        .geom = &m->geom, .space = region_writable(kv), .blocks = refs, .first_token = first, .tokens = tokens, .k = k, .v = v};
-    r = r ? r : gpu_append(kv->gpu, &args);
-    r = r ? r : model_learn(seq, layer, first, tokens, k);
-    return r ? r : sign_rows(seq, layer, first, tokens, refs);
+    for (uint32_t done = 0, n; done < tokens && !r; done += n) {
+        n = PKV_MIN(step, tokens - done);
+        struct gpu_append_args args = {.geom = &m->geom,
+                                       .space = region_writable(kv),
+                                       .blocks = refs,
+                                       .first_token = first + done,
+                                       .tokens = n,
+                                       .k = (const char *)k + done * bytes,
+                                       .v = (const char *)v + done * bytes};
+        r = gpu_append(kv->gpu, &args);
+        r = r ? r : model_learn(seq, layer, first + done, n, args.k);
+        r = r ? r : sign_rows(seq, layer, first + done, n, refs);
+    }
+    return r;
 }
 
 static int append_piece(struct pkv_seq *seq, uint32_t layer, uint32_t tokens, const char *k, const char *v)

@@ -93,18 +93,13 @@ static void sign_key(const struct gpu_kernels *kernels, const struct gpu_sign_ar
 {
     const struct pkv_geom *g = a->geom;
     const float *mean = a->scheme->mean + ((uint64_t)a->layer * g->kv_heads + head) * g->head_dim;
-    float k[PKV_HEAD_DIM_MAX];
+    float k[PKV_HEAD_DIM_MAX], rotated[2 * PKV_SIG_BITS_MAX];
     kernels->to_float(row, g->dtype, k, g->head_dim);
     for (uint32_t d = 0; d < g->head_dim; d++)
         k[d] -= mean[d];
-    for (uint32_t w = 0; w < pkv_geom_words(g); w++) {
-        uint32_t bits = 0;
-        for (uint32_t b = 0; b < 32; b++) {
-            const float *axis = a->scheme->rotation + ((uint64_t)w * 32 + b) * g->head_dim;
-            bits |= (uint32_t)(kernels->dot(axis, k, g->head_dim) > 0) << b;
-        }
-        words[w] = bits;
-    }
+    scheme_rotate(a->scheme, kernels, k, rotated);
+    for (uint32_t w = 0; w < pkv_geom_words(g); w++)
+        words[w] = kernels->positive(rotated + w * 32ull);
 }
 
 static void sign_block(void *context, uint64_t i, uint32_t thread)

@@ -85,10 +85,14 @@ struct gpu_scheme {
     uint32_t kind;
     struct pkv_geom geom;
     uint64_t seed;
-    float *rotation;  /* [sig_bits][head_dim], orthonormal rows per head_dim of them */
+    uint32_t bases;   /* rotations side by side: head_dim bits each, the last one cut */
+    float *signs;     /* [bases][2][head_dim] of +-1 */
     float *mean;      /* [layers][kv_heads][head_dim] */
     float *deviation; /* [layers][kv_heads][sig_bits] of the rotated channel; 1 until learnt */
     uint8_t *learnt;  /* [layers] */
 };
+
+/* All channels of a centred key or a query, [bases * head_dim], unit length kept. */
+void scheme_rotate(const struct gpu_scheme *scheme, const struct gpu_kernels *kernels, const float *from, float *to);
 
 #endif

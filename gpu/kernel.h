@@ -54,12 +54,21 @@ struct gpu_kernels {
     void (*to_float)(const void *from, uint32_t dtype, float *to, uint64_t count);
     int (*finite)(const void *from, uint32_t dtype, uint64_t count); /* 1 if every number is finite */
     float (*dot)(const float *a, const float *b, uint32_t count);    /* count: a multiple of GPU_LANES */
+    /* host/rotate.h: to = rotation of from [dim], times gpu_rotate_norm(dim); signs [2][dim]. */
+    void (*rotate)(const float *from, const float *signs, uint32_t dim, float *to);
+    uint32_t (*positive)(const float *x); /* bit i of 32: x[i] > 0 */
     /* Sum of the weights [words * 32] of the bits set in words[0], words[4], .. */
     int32_t (*score)(const uint32_t *words, uint32_t count, const int8_t *weights);
     /* Tokens t, first <= t < last, whose code is above `threshold`, and the first `ties` of those that have it: how many. */
     uint32_t (*pick)(const uint16_t *codes, uint32_t first, uint32_t last, uint32_t threshold, uint32_t ties,
                      uint32_t *ret_index);
 };
+
+/* Two rounds over blocks of 32 (head_dim 96) or of the whole vector. */
+static inline float gpu_rotate_norm(uint32_t dim)
+{
+    return dim == 96 ? 32.0f : (float)dim;
+}
 
 extern const struct gpu_kernels gpu_kernels_c, gpu_kernels_avx2, gpu_kernels_avx512;
 

@@ -13,40 +13,23 @@
 #define LEARN_MIN 64u   /* tokens that a layer's mean needs */
 #define LEARN_MAX 4096u /* and how many it looks at */
 
-static float uniform(uint64_t *state)
+static uint64_t random_bits(uint64_t *state)
 {
     *state += 0x9e3779b97f4a7c15ull; /* splitmix64 */
     uint64_t z = *state;
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-    z ^= z >> 31;
-    return ((float)(z >> 40) + 0.5f) * 0x1p-24f;
+    return z ^ z >> 31;
 }
 
-/* Rows of random orthonormal bases (Gram-Schmidt over Gaussian vectors), a new basis every head_dim rows. */
-static void fill_rotation(float *rotation, uint32_t bits, uint32_t dim, uint64_t seed)
+void scheme_rotate(const struct gpu_scheme *s, const struct gpu_kernels *kernels, const float *from, float *to)
 {
-    for (uint32_t r = 0; r < bits; r++) {
-        float *row = rotation + (uint64_t)r * dim;
-        for (uint32_t d = 0; d < dim; d++)
-            row[d] = sqrtf(-2.0f * logf(uniform(&seed))) * cosf(6.2831853f * uniform(&seed));
-        for (uint32_t pass = 0; pass < 2; pass++) {
-            for (uint32_t o = r - r % dim; o < r; o++) {
-                const float *other = rotation + (uint64_t)o * dim;
-                float dot = 0;
-                for (uint32_t d = 0; d < dim; d++)
-                    dot += row[d] * other[d];
-                for (uint32_t d = 0; d < dim; d++)
-                    row[d] -= dot * other[d];
-            }
-        }
-        float norm = 0;
-        for (uint32_t d = 0; d < dim; d++)
-            norm += row[d] * row[d];
-        norm = 1.0f / sqrtf(norm);
-        for (uint32_t d = 0; d < dim; d++)
-            row[d] *= norm;
-    }
+    uint32_t dim = s->geom.head_dim;
+    for (uint32_t b = 0; b < s->bases; b++)
+        kernels->rotate(from, s->signs + 2ull * b * dim, dim, to + (uint64_t)b * dim);
+    float norm = 1.0f / gpu_rotate_norm(dim);
+    for (uint32_t i = 0; i < s->bases * dim; i++)
+        to[i] *= norm;
 }
 
 int gpu_scheme_open(uint32_t kind, const struct pkv_geom *geom, const char *path, struct gpu_scheme **ret,
@@ -64,15 +47,18 @@ int gpu_scheme_open(uint32_t kind, const struct pkv_geom *geom, const char *path
         return -PKV_ERR_NO_MEMORY;
     uint64_t heads = (uint64_t)geom->layers * geom->kv_heads;
     *s = (struct gpu_scheme){.kind = kind, .geom = *geom, .seed = 0x70766b76ull};
-    s->rotation = malloc((uint64_t)geom->sig_bits * geom->head_dim * sizeof(float));
+    s->bases = PKV_DIV_UP(geom->sig_bits, geom->head_dim);
+    s->signs = malloc(2ull * s->bases * geom->head_dim * sizeof(float));
     s->mean = calloc(heads * geom->head_dim, sizeof(float));
     s->deviation = malloc(heads * geom->sig_bits * sizeof(float));
     s->learnt = calloc(geom->layers, 1);
-    if (!s->rotation || !s->mean || !s->deviation || !s->learnt) {
+    if (!s->signs || !s->mean || !s->deviation || !s->learnt) {
         gpu_scheme_close(s);
         return -PKV_ERR_NO_MEMORY;
     }
-    fill_rotation(s->rotation, geom->sig_bits, geom->head_dim, s->seed);
+    uint64_t state = s->seed;
+    for (uint32_t i = 0; i < 2 * s->bases * geom->head_dim; i++)
+        s->signs[i] = random_bits(&state) >> 63 ? 1.0f : -1.0f;
     for (uint64_t i = 0; i < heads * geom->sig_bits; i++)
         s->deviation[i] = 1.0f;
     memset(ret_digest, 0, PKV_DIGEST_BYTES);
@@ -84,7 +70,7 @@ void gpu_scheme_close(struct gpu_scheme *s)
 {
     if (!s)
         return;
-    free(s->rotation);
+    free(s->signs);
     free(s->mean);
     free(s->deviation);
     free(s->learnt);
@@ -98,6 +84,7 @@ static void learn_head(struct gpu_scheme *s, uint32_t layer, uint32_t head, uint
     const struct pkv_geom *g = &s->geom;
     uint64_t at = (uint64_t)layer * g->kv_heads + head, bytes = (uint64_t)g->head_dim * pkv_dtype_bytes(g->dtype);
     float *mean = s->mean + at * g->head_dim, *deviation = s->deviation + at * g->sig_bits, key[PKV_HEAD_DIM_MAX];
+    float rotated[2 * PKV_SIG_BITS_MAX];
     memset(deviation, 0, g->sig_bits * sizeof(float));
     for (uint32_t pass = 0; pass < 2; pass++) {
         for (uint32_t t = first; t < tokens; t++) {
@@ -109,9 +96,9 @@ static void learn_head(struct gpu_scheme *s, uint32_t layer, uint32_t head, uint
             }
             for (uint32_t d = 0; d < g->head_dim; d++)
                 key[d] -= mean[d];
+            scheme_rotate(s, &gpu_kernels_c, key, rotated);
             for (uint32_t b = 0; b < g->sig_bits; b++)
-                deviation[b] += fabsf(gpu_kernels_c.dot(s->rotation + (uint64_t)b * g->head_dim, key, g->head_dim)) /
-                                (float)(tokens - first);
+                deviation[b] += fabsf(rotated[b]) / (float)(tokens - first);
         }
     }
 }
@@ -142,7 +129,7 @@ struct state_head {
     struct pkv_geom geom;
     uint64_t seed;
 };
-#define STATE_MAGIC 0x31545350u
+#define STATE_MAGIC 0x32545350u
 
 static uint64_t mean_bytes(const struct pkv_geom *g)
 {
@@ -198,11 +185,12 @@ static void weigh_one(void *context, uint64_t item, uint32_t thread)
     const struct gpu_scheme *s = p->a->scheme;
     uint32_t head = (uint32_t)(item % g->q_heads) / pkv_geom_group(g);
     const float *deviation = s->deviation + ((uint64_t)p->a->layer * g->kv_heads + head) * g->sig_bits;
-    float q[PKV_HEAD_DIM_MAX], w[PKV_SIG_BITS_MAX], max = 0;
+    float q[PKV_HEAD_DIM_MAX], w[2 * PKV_SIG_BITS_MAX], max = 0;
     const struct gpu_kernels *k = p->gpu->kernels;
     k->to_float((const char *)p->a->q + item * g->head_dim * pkv_dtype_bytes(g->dtype), g->dtype, q, g->head_dim);
+    scheme_rotate(s, k, q, w);
     for (uint32_t b = 0; b < g->sig_bits; b++) {
-        w[b] = k->dot(s->rotation + (uint64_t)b * g->head_dim, q, g->head_dim) * deviation[b];
+        w[b] *= deviation[b];
         max = fabsf(w[b]) > max ? fabsf(w[b]) : max;
     }
     float step = max > 0 ? 127.0f / max : 0.0f;

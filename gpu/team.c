@@ -20,13 +20,30 @@ struct member {
     uint32_t thread;
 };
 
+/* A round often follows the last one closely, and waking a thread takes longer than a short round. */
+#define SPINS 4000
+
+static void relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+static void spin_for_round(const struct gpu_team *team, uint64_t seen)
+{
+    for (int i = 0; i < SPINS && __atomic_load_n(&team->round, __ATOMIC_RELAXED) == seen; i++)
+        relax();
+}
+
 static void *member_main(void *arg)
 {
     struct member m = *(struct member *)arg;
     free(arg);
     uint64_t seen = 0;
-    pthread_mutex_lock(&m.team->lock);
     for (;;) {
+        spin_for_round(m.team, seen);
+        pthread_mutex_lock(&m.team->lock);
         while (m.team->round == seen && !m.team->stop)
             pthread_cond_wait(&m.team->go, &m.team->lock);
         if (m.team->stop)
@@ -35,8 +52,9 @@ static void *member_main(void *arg)
         pthread_mutex_unlock(&m.team->lock);
         work(m.team, m.thread);
         pthread_mutex_lock(&m.team->lock);
-        if (--m.team->busy == 0)
+        if (__atomic_sub_fetch(&m.team->busy, 1, __ATOMIC_RELEASE) == 0)
             pthread_cond_signal(&m.team->done);
+        pthread_mutex_unlock(&m.team->lock);
     }
     pthread_mutex_unlock(&m.team->lock);
     return NULL;
@@ -86,11 +104,13 @@ void gpu_team_run(struct gpu_team *team, gpu_task *task, void *context, uint64_t
     team->context = context;
     team->items = items;
     team->next = 0;
-    team->busy = team->size;
-    team->round++;
+    __atomic_store_n(&team->busy, team->size, __ATOMIC_RELAXED);
+    __atomic_store_n(&team->round, team->round + 1, __ATOMIC_RELAXED);
     pthread_cond_broadcast(&team->go);
     pthread_mutex_unlock(&team->lock);
     work(team, 0);
+    for (int i = 0; i < SPINS && __atomic_load_n(&team->busy, __ATOMIC_ACQUIRE); i++)
+        relax();
     pthread_mutex_lock(&team->lock);
     while (team->busy)
         pthread_cond_wait(&team->done, &team->lock);

@@ -12,6 +12,8 @@
 #include <immintrin.h>
 #endif
 
+#include "gpu/host/rotate.h"
+
 #ifndef GPU_KERNELS
 #define GPU_KERNELS      gpu_kernels_c
 #define GPU_KERNELS_NAME "c"
@@ -314,6 +316,8 @@ const struct gpu_kernels GPU_KERNELS = {
     .to_float = to_float,
     .finite = finite_all,
     .dot = dot,
+    .rotate = rotate,
+    .positive = positive,
     .score = score,
     .pick = pick,
 };
