@@ -60,10 +60,12 @@ static enum pkv_err region_make(struct worker *w, uint64_t data_bytes)
     return PKV_ERR_OK;
 }
 
-/* Bounded by the length: the sender's NUL was checked. */
-static void copy_name(char *to, const char *from)
+/* `from` is terminated: its NUL was checked. */
+static void copy_name(char to[PKV_NAME_BYTES], const char *from)
 {
-    memcpy(to, from, PKV_NAME_BYTES);
+    size_t n = strnlen(from, PKV_NAME_BYTES - 1);
+    memcpy(to, from, n);
+    to[n] = 0;
     for (char *c = to; *c; c++)
         if (*c < ' ' || *c > '~')
             *c = '?'; /* names go to logs and terminals */

@@ -1,5 +1,5 @@
 /* Append: rows into granted blocks, then their signatures. */
-#include "gpu/internal.h"
+#include "gpu/scheme.h"
 
 #include "proto/check.h"
 
@@ -87,21 +87,6 @@ struct sign {
     const struct gpu_sign_args *a;
 };
 
-/* Bits of one key: which rotated channels of (k - mean) are positive. */
-static void sign_key(const struct gpu_kernels *kernels, const struct gpu_sign_args *a, uint32_t head, const void *row,
-                     uint32_t *words)
-{
-    const struct pkv_geom *g = a->geom;
-    const float *mean = a->scheme->mean + ((uint64_t)a->layer * g->kv_heads + head) * g->head_dim;
-    float k[PKV_HEAD_DIM_MAX], rotated[2 * PKV_SIG_BITS_MAX];
-    kernels->to_float(row, g->dtype, k, g->head_dim);
-    for (uint32_t d = 0; d < g->head_dim; d++)
-        k[d] -= mean[d];
-    scheme_rotate(a->scheme, kernels, k, rotated);
-    for (uint32_t w = 0; w < pkv_geom_words(g); w++)
-        words[w] = kernels->positive(rotated + w * 32ull);
-}
-
 static void sign_block(void *context, uint64_t i, uint32_t thread)
 {
     (void)thread;
@@ -114,7 +99,9 @@ static void sign_block(void *context, uint64_t i, uint32_t thread)
     for (uint32_t h = 0; h < g->kv_heads; h++) {
         for (uint64_t t = first_of(a->first_token, block); t < PKV_MIN(end, (block + 1) * PKV_BLOCK_TOKENS); t++) {
             uint32_t words[PKV_SIG_WORDS_MAX], in = (uint32_t)(t % PKV_BLOCK_TOKENS);
-            sign_key(p->gpu->kernels, a, h, rows + pkv_geom_row_offset(g, h, in), words);
+            float key[PKV_HEAD_DIM_MAX];
+            p->gpu->kernels->to_float(rows + pkv_geom_row_offset(g, h, in), g->dtype, key, g->head_dim);
+            a->scheme->verbs->sign(a->scheme, p->gpu->kernels, a->layer, h, key, words);
             for (uint32_t w = 0; w < pkv_geom_words(g); w++)
                 to[pkv_geom_sig_index(g, h, in, w)] = words[w];
         }

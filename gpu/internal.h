@@ -81,18 +81,4 @@ uint32_t gpu_queries(const struct gpu_view *views, uint32_t seqs);
 int gpu_check_views(struct gpu *gpu, const struct pkv_geom *geom, const struct gpu_space *space, uint32_t seqs,
                     const struct gpu_view *views, const void *q, bool signatures);
 
-struct gpu_scheme {
-    uint32_t kind;
-    struct pkv_geom geom;
-    uint64_t seed;
-    uint32_t bases;   /* rotations side by side: head_dim bits each, the last one cut */
-    float *signs;     /* [bases][2][head_dim] of +-1 */
-    float *mean;      /* [layers][kv_heads][head_dim] */
-    float *deviation; /* [layers][kv_heads][sig_bits] of the rotated channel; 1 until learnt */
-    uint8_t *learnt;  /* [layers] */
-};
-
-/* All channels of a centred key or a query, [bases * head_dim], unit length kept. */
-void scheme_rotate(const struct gpu_scheme *scheme, const struct gpu_kernels *kernels, const float *from, float *to);
-
 #endif

@@ -1,0 +1,116 @@
+"""The package against a private daemon: arrays in and out, dtypes, DLPack, errors with their sentences."""
+import errno
+import os
+import pathlib
+import subprocess
+import unittest
+
+import numpy as np
+
+import pivotkv
+from daemon import PrivateDaemon
+
+LAYERS, Q, KV, DIM = 2, 4, 2, 64
+
+
+def exact(k, v, q):
+    """out [queries, q_heads, dim] of the last queries, causal, in float64."""
+    k, v, q = (np.asarray(a, np.float64) for a in (k, v, q))
+    out = np.empty(q.shape)
+    for i in range(len(q)):
+        sees = len(k) - len(q) + 1 + i
+        for h in range(q.shape[1]):
+            scores = k[:sees, h * KV // Q] @ q[i, h] / np.sqrt(DIM)
+            weights = np.exp(scores - scores.max())
+            out[i, h] = weights @ v[:sees, h * KV // Q] / weights.sum()
+    return out
+
+
+class ServiceTest(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.daemon = PrivateDaemon(pathlib.Path(os.environ["PIVOTKVD"]), pool_bytes=16 << 20, arena_bytes=64 << 20)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.daemon.stop()
+
+    def setUp(self):
+        self.random = np.random.default_rng(7)
+
+    def numbers(self, *shape):
+        return self.random.standard_normal(shape).astype(np.float32)
+
+    def test_dtypes(self):
+        for dtype, tolerance in (("f32", 1e-5), ("f16", 2e-3), ("bf16", 2e-2)):
+            for served in (False, True):
+                with pivotkv.connect(self.daemon.socket, served=served, threads=1) as kv:
+                    model = kv.model(f"m-{dtype}", layers=LAYERS, q_heads=Q, kv_heads=KV, head_dim=DIM, dtype=dtype)
+                    sequence = model.sequence(1000)
+                    k, v, q = self.numbers(400, KV, DIM), self.numbers(400, KV, DIM), self.numbers(3, Q, DIM)
+                    for layer in range(LAYERS):
+                        sequence.append(layer, k[:300], v[:300])
+                        sequence.append(layer, k[300:], v[300:])
+                    self.assertEqual(len(sequence), 400)
+                    out, lse = sequence.attend(1, q, dense=True)
+                    np.testing.assert_allclose(out, exact(k, v, q), rtol=0, atol=tolerance)
+                    self.assertEqual(lse.shape, (3, Q))
+
+    def test_select_audit_fork(self):
+        with pivotkv.connect(self.daemon.socket, threads=1) as kv:
+            model = kv.model("m", layers=LAYERS, q_heads=Q, kv_heads=KV, head_dim=DIM, dtype="f32")
+            sequence = model.sequence(1000, label="text")
+            k, v, q = self.numbers(500, KV, DIM), self.numbers(500, KV, DIM), self.numbers(2, Q, DIM)
+            for layer in range(LAYERS):
+                sequence.append(layer, k, v)
+            picked = sequence.select(0, q, k=50, sinks=8, recent=16, rows=True)
+            self.assertEqual(picked.count.tolist(), [[74, 74], [74, 74]])
+            np.testing.assert_array_equal(picked.rows[1, 1, :, 0], k[picked.index[1, 1], 1])
+            audit = sequence.audit(0, q, k=499)
+            self.assertAlmostEqual(audit.mass, 1.0, places=4)
+            self.assertLess(audit.error, 1e-3)
+            self.assertLess(sequence.audit(0, q, k=20, sinks=0, recent=8).mass, 0.9)
+            with sequence.fork(333) as child:
+                np.testing.assert_allclose(child.attend(1, q, dense=True)[0], exact(k[:333], v[:333], q), atol=1e-5)
+            sequence.truncate(100)
+            self.assertEqual(len(sequence), 100)
+            _, _, explain = sequence.explain(0, q, k=10, sinks=8, recent=16)
+            self.assertEqual((explain.queries_sparse, explain.tokens_attended), (2, 2 * KV * 34))
+
+    def test_errors_have_numbers_and_sentences(self):
+        with pivotkv.connect(self.daemon.socket, threads=1) as kv:
+            model = kv.model("m", layers=LAYERS, q_heads=Q, kv_heads=KV, head_dim=DIM, dtype="f32")
+            sequence = model.sequence(100)
+            k = self.numbers(64, KV, DIM)
+            for number, word, call in (
+                    (errno.EOVERFLOW, "max_tokens", lambda: sequence.append(0, self.numbers(101, KV, DIM), self.numbers(101, KV, DIM))),
+                    (errno.EDOM, "NaN", lambda: sequence.append(0, k * np.nan, k)),
+                    (errno.EINVAL, "number of tokens", lambda: sequence.attend(0, self.numbers(1, Q, DIM), k=1)),
+                    (errno.ENOTUNIQ, "registered", lambda: kv.model("m", layers=3, q_heads=Q, kv_heads=KV, head_dim=DIM)),
+                    (errno.EINVAL, "head_dim", lambda: kv.model("n", layers=3, q_heads=Q, kv_heads=KV, head_dim=80)),
+                    (errno.ESTALE, "gone", lambda: model.open(sequence.handle + (5 << 32)))):
+                with self.assertRaises(pivotkv.Error) as caught:
+                    call()
+                self.assertEqual(caught.exception.errno, number)
+                self.assertIn(word, caught.exception.strerror)
+            with self.assertRaises(ValueError):
+                sequence.append(0, k[:, :1], k)
+            sequence.close()
+            with self.assertRaises(ValueError):
+                sequence.append(0, k, k)
+        with self.assertRaises(pivotkv.Error) as caught:
+            pivotkv.connect("/tmp/" + "x" * 120)
+        self.assertEqual(caught.exception.errno, errno.ENAMETOOLONG)
+
+    def test_example(self):
+        example = pathlib.Path(os.environ["PIVOTKV_BUILD_DIR"]) / "client" / "examples" / "attend"
+        done = subprocess.run([example, self.daemon.socket], capture_output=True, text=True, timeout=60, check=False)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(done.stdout.count("attended 2.6 %"), 5, done.stdout)
+        done = subprocess.run([example, "/tmp/none/socket"], capture_output=True, text=True, timeout=60, check=False)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("start pivotkvd", done.stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,53 @@
+/* A signature scheme inside of gpu: what every scheme answers, and what each keeps. */
+#ifndef GPU_SCHEME_H
+#define GPU_SCHEME_H
+
+#include "gpu/internal.h"
+
+#define SCHEME_STAGES_MAX 4u    /* of `hash`'s MLPs */
+#define SCHEME_WIDTH_MAX  1024u /* of their hidden layers */
+
+/* One linear map per (layer, head): weight [layers][heads][out][in], bias [layers][heads][out] or NULL. */
+struct scheme_map {
+    float *weight, *bias;
+    uint32_t out, in;
+};
+
+struct gpu_scheme {
+    uint32_t kind;
+    struct pkv_geom geom;
+    const struct scheme_verbs *verbs;
+    /* sign */
+    uint64_t seed;
+    uint32_t bases;   /* rotations side by side: head_dim bits each, the last one cut */
+    float *signs;     /* [bases][2][head_dim] of +-1 */
+    float *mean;      /* [layers][kv_heads][head_dim]; linear and code too */
+    float *deviation; /* [layers][kv_heads][sig_bits] of the rotated channel; 1 until learnt */
+    uint8_t *learnt;  /* [layers] */
+    /* linear, hash, code: keys' and queries' maps; their stages in a row, SiLU between */
+    struct scheme_map k[SCHEME_STAGES_MAX], q[SCHEME_STAGES_MAX];
+    uint32_t k_stages, q_stages;
+    bool q_signs; /* a query's weights are +-1 */
+    float unit;   /* log2-score of one unit of weight, where the scheme's numbers do not say */
+    /* code: levels of each dimension */
+    float *low, *step; /* [layers][kv_heads][dims] */
+    uint8_t *bits;     /* [layers][kv_heads][dims] */
+    uint32_t dims;
+};
+
+struct scheme_verbs {
+    /* Bits of one key (float, [head_dim]) of a layer and kv head. */
+    void (*sign)(const struct gpu_scheme *scheme, const struct gpu_kernels *kernels, uint32_t layer, uint32_t head,
+                 const float *key, uint32_t *ret_words);
+    /* Real weights of one query of a layer and q head, [sig_bits]. Times *ret_unit they estimate log2(e) x scale x (q . k) up
+     * to a constant. */
+    void (*weigh)(const struct gpu_scheme *scheme, const struct gpu_kernels *kernels, uint32_t layer, uint32_t q_head,
+                  const float *query, float scale, float *ret_weights, float *ret_unit);
+};
+
+/* scheme_sign.c */
+int scheme_sign_open(struct gpu_scheme *scheme);
+/* scheme_file.c: linear, hash, code. */
+int scheme_file_open(struct gpu_scheme *scheme, const char *path, uint8_t ret_digest[PKV_DIGEST_BYTES]);
+
+#endif

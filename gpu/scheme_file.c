@@ -1,0 +1,269 @@
+/* Schemes whose weights come from a safetensors file (docs/signatures.md has the tensors):
+ *   linear  bits = signs of one learned projection per kv head; weights = the projected query, or its signs
+ *   hash    bits = signs of an MLP per q head, a group's slices side by side; weights = +-1 on the head's own slice
+ *           (HashAttention, arXiv 2412.14468)
+ *   code    bits = uniform levels of a transformed key, as bit planes; weights = transformed query x step x place value */
+#include "gpu/scheme.h"
+
+#include "gpu/safetensors.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- loading ---- */
+
+/* "<prefix>weight" [layers, heads, out, in] and, if it is there, "<prefix>bias" [layers, heads, out]. */
+static int load_map(const struct safetensors *st, const char *prefix, uint64_t layers, uint64_t heads, uint32_t out,
+                    uint32_t in, struct scheme_map *map)
+{
+    char name[48];
+    uint64_t shape[] = {layers, heads, out, in};
+    map->out = out, map->in = in;
+    snprintf(name, sizeof(name), "%sweight", prefix);
+    int r = safetensors_floats(st, name, shape, 4, &map->weight);
+    snprintf(name, sizeof(name), "%sbias", prefix);
+    if (!r && safetensors_has(st, name))
+        r = safetensors_floats(st, name, shape, 3, &map->bias);
+    return r;
+}
+
+/* "<side>.0.weight", "<side>.1.weight", ...: an MLP per q head. */
+static int load_mlp(const struct gpu_scheme *s, const struct safetensors *st, const char *side, struct scheme_map *maps,
+                    uint32_t *ret_stages)
+{
+    const struct pkv_geom *g = &s->geom;
+    uint32_t in = g->head_dim, stages = 0, bits = g->sig_bits / pkv_geom_group(g);
+    char prefix[24], name[40];
+    int r = 0;
+    for (;; stages++) {
+        snprintf(prefix, sizeof(prefix), "%s.%u.", side, stages);
+        snprintf(name, sizeof(name), "%sweight", prefix);
+        if (r || !safetensors_has(st, name))
+            break;
+        uint64_t out = safetensors_size(st, name, 2);
+        if (stages == SCHEME_STAGES_MAX || !out || out > SCHEME_WIDTH_MAX || in % GPU_LANES)
+            return -PKV_ERR_FILE_FIT;
+        r = load_map(st, prefix, g->layers, g->q_heads, (uint32_t)out, in, &maps[stages]);
+        in = (uint32_t)out;
+    }
+    *ret_stages = stages;
+    return r ? r : !stages || in != bits ? -PKV_ERR_FILE_FIT : 0;
+}
+
+static int load_mean(struct gpu_scheme *s, const struct safetensors *st)
+{
+    uint64_t shape[] = {s->geom.layers, s->geom.kv_heads, s->geom.head_dim};
+    return safetensors_has(st, "k.mean") ? safetensors_floats(st, "k.mean", shape, 3, &s->mean) : 0;
+}
+
+static int load_linear(struct gpu_scheme *s, const struct safetensors *st)
+{
+    const struct pkv_geom *g = &s->geom;
+    const char *query = safetensors_meta(st, "query");
+    s->k_stages = 1;
+    s->q_signs = query && !strcmp(query, "sign");
+    if (query && !s->q_signs && strcmp(query, "value"))
+        return -PKV_ERR_FILE_FIT;
+    int r = load_map(st, "k.", g->layers, g->kv_heads, g->sig_bits, g->head_dim, &s->k[0]);
+    if (!r && safetensors_has(st, "q.weight")) {
+        s->q_stages = 1;
+        r = load_map(st, "q.", g->layers, g->q_heads, g->sig_bits, g->head_dim, &s->q[0]);
+    }
+    return r ? r : load_mean(s, st);
+}
+
+static int load_hash(struct gpu_scheme *s, const struct safetensors *st)
+{
+    s->q_signs = true;
+    int r = load_mlp(s, st, "k", s->k, &s->k_stages);
+    return r ? r : load_mlp(s, st, "q", s->q, &s->q_stages);
+}
+
+/* 0 to 4 bits a dimension, sig_bits in all, the same for every head of a layer or not. */
+static int load_bits(struct gpu_scheme *s, const struct safetensors *st, const uint64_t shape[3])
+{
+    float *bits = NULL;
+    int r = safetensors_floats(st, "k.bits", shape, 3, &bits);
+    uint64_t heads = shape[0] * shape[1];
+    s->bits = r ? NULL : malloc(heads * s->dims);
+    if (!r && !s->bits)
+        r = -PKV_ERR_NO_MEMORY;
+    for (uint64_t h = 0; h < heads && !r; h++) {
+        uint32_t total = 0;
+        for (uint32_t i = 0; i < s->dims && !r; i++) {
+            float b = bits[h * s->dims + i];
+            if (b < 0 || b > 4 || b != floorf(b))
+                r = -PKV_ERR_FILE_FIT;
+            else
+                total += s->bits[h * s->dims + i] = (uint8_t)b;
+        }
+        r = r ? r : total != s->geom.sig_bits ? -PKV_ERR_FILE_FIT : 0;
+    }
+    free(bits);
+    return r;
+}
+
+static int load_code(struct gpu_scheme *s, const struct safetensors *st)
+{
+    const struct pkv_geom *g = &s->geom;
+    uint64_t dims = safetensors_size(st, "k.weight", 2), shape[] = {g->layers, g->kv_heads, dims};
+    if (!dims || dims > g->head_dim)
+        return -PKV_ERR_FILE_FIT;
+    s->dims = (uint32_t)dims, s->k_stages = s->q_stages = 1;
+    int r = load_map(st, "k.", g->layers, g->kv_heads, s->dims, g->head_dim, &s->k[0]);
+    r = r ? r : load_map(st, "q.", g->layers, g->kv_heads, s->dims, g->head_dim, &s->q[0]);
+    r = r ? r : safetensors_floats(st, "k.low", shape, 3, &s->low);
+    r = r ? r : safetensors_floats(st, "k.step", shape, 3, &s->step);
+    r = r ? r : load_bits(s, st, shape);
+    for (uint64_t i = 0; !r && i < shape[0] * shape[1] * dims; i++)
+        r = s->step[i] > 0 ? 0 : -PKV_ERR_FILE_FIT;
+    return r ? r : load_mean(s, st);
+}
+
+/* ---- using ---- */
+
+static void apply(const struct gpu_kernels *kernels, const struct scheme_map *map, uint64_t at, const float *from, float *to)
+{
+    for (uint32_t o = 0; o < map->out; o++) {
+        to[o] = kernels->dot(map->weight + (at * map->out + o) * map->in, from, map->in);
+        if (map->bias)
+            to[o] += map->bias[at * map->out + o];
+    }
+}
+
+static void apply_mlp(const struct gpu_kernels *kernels, const struct scheme_map *maps, uint32_t stages, uint64_t at,
+                      const float *from, float *ret)
+{
+    float a[SCHEME_WIDTH_MAX], b[SCHEME_WIDTH_MAX];
+    for (uint32_t i = 0; i < stages; i++) {
+        float *to = i + 1 == stages ? ret : i % 2 ? b : a;
+        apply(kernels, &maps[i], at, from, to);
+        for (uint32_t o = 0; i + 1 < stages && o < maps[i].out; o++)
+            to[o] /= 1.0f + expf(-to[o]); /* SiLU */
+        from = to;
+    }
+}
+
+static void centre(const struct gpu_scheme *s, uint64_t at, const float *key, float *to)
+{
+    for (uint32_t d = 0; d < s->geom.head_dim; d++)
+        to[d] = key[d] - (s->mean ? s->mean[at * s->geom.head_dim + d] : 0.0f);
+}
+
+static void bits_of_signs(const float *values, uint32_t first, uint32_t count, uint32_t *words)
+{
+    for (uint32_t i = 0; i < count; i++)
+        words[(first + i) / 32] |= (uint32_t)(values[i] > 0) << (first + i) % 32;
+}
+
+static void linear_sign(const struct gpu_scheme *s, const struct gpu_kernels *kernels, uint32_t layer, uint32_t head,
+                        const float *key, uint32_t *words)
+{
+    uint64_t at = (uint64_t)layer * s->geom.kv_heads + head;
+    float k[PKV_HEAD_DIM_MAX], values[PKV_SIG_BITS_MAX];
+    centre(s, at, key, k);
+    apply(kernels, &s->k[0], at, k, values);
+    memset(words, 0, pkv_geom_words(&s->geom) * sizeof(*words));
+    bits_of_signs(values, 0, s->geom.sig_bits, words);
+}
+
+static void linear_weigh(const struct gpu_scheme *s, const struct gpu_kernels *kernels, uint32_t layer, uint32_t q_head,
+                         const float *query, float scale, float *weights, float *ret_unit)
+{
+    const struct pkv_geom *g = &s->geom;
+    if (s->q_stages)
+        apply(kernels, &s->q[0], (uint64_t)layer * g->q_heads + q_head, query, weights);
+    else
+        apply(kernels, &s->k[0], (uint64_t)layer * g->kv_heads + q_head / pkv_geom_group(g), query, weights);
+    for (uint32_t b = 0; b < g->sig_bits && s->q_signs; b++)
+        weights[b] = weights[b] > 0 ? 1.0f : -1.0f;
+    *ret_unit = s->unit * (s->q_signs ? 1.0f : 2.0f * scale * 1.44269504f);
+}
+
+static void hash_sign(const struct gpu_scheme *s, const struct gpu_kernels *kernels, uint32_t layer, uint32_t head,
+                      const float *key, uint32_t *words)
+{
+    const struct pkv_geom *g = &s->geom;
+    uint32_t group = pkv_geom_group(g), bits = g->sig_bits / group;
+    float values[PKV_SIG_BITS_MAX];
+    memset(words, 0, pkv_geom_words(g) * sizeof(*words));
+    for (uint32_t i = 0; i < group; i++) {
+        apply_mlp(kernels, s->k, s->k_stages, (uint64_t)layer * g->q_heads + head * group + i, key, values);
+        bits_of_signs(values, i * bits, bits, words);
+    }
+}
+
+static void hash_weigh(const struct gpu_scheme *s, const struct gpu_kernels *kernels, uint32_t layer, uint32_t q_head,
+                       const float *query, float scale, float *weights, float *ret_unit)
+{
+    (void)scale;
+    const struct pkv_geom *g = &s->geom;
+    uint32_t group = pkv_geom_group(g), bits = g->sig_bits / group;
+    float values[PKV_SIG_BITS_MAX];
+    apply_mlp(kernels, s->q, s->q_stages, (uint64_t)layer * g->q_heads + q_head, query, values);
+    memset(weights, 0, g->sig_bits * sizeof(*weights));
+    for (uint32_t i = 0; i < bits; i++)
+        weights[q_head % group * bits + i] = values[i] > 0 ? 1.0f : -1.0f;
+    *ret_unit = s->unit;
+}
+
+static void code_sign(const struct gpu_scheme *s, const struct gpu_kernels *kernels, uint32_t layer, uint32_t head,
+                      const float *key, uint32_t *words)
+{
+    uint64_t at = (uint64_t)layer * s->geom.kv_heads + head;
+    float k[PKV_HEAD_DIM_MAX], values[PKV_HEAD_DIM_MAX];
+    uint32_t bit = 0;
+    centre(s, at, key, k);
+    apply(kernels, &s->k[0], at, k, values);
+    memset(words, 0, pkv_geom_words(&s->geom) * sizeof(*words));
+    for (uint32_t i = 0; i < s->dims; i++) {
+        uint64_t dim = at * s->dims + i;
+        float most = (float)((1u << s->bits[dim]) - 1), level = floorf((values[i] - s->low[dim]) / s->step[dim]);
+        uint32_t code = (uint32_t)(level < 0 ? 0 : level > most ? most : level);
+        for (uint32_t p = 0; p < s->bits[dim]; p++, bit++)
+            words[bit / 32] |= (code >> p & 1) << bit % 32;
+    }
+}
+
+static void code_weigh(const struct gpu_scheme *s, const struct gpu_kernels *kernels, uint32_t layer, uint32_t q_head,
+                       const float *query, float scale, float *weights, float *ret_unit)
+{
+    uint64_t at = (uint64_t)layer * s->geom.kv_heads + q_head / pkv_geom_group(&s->geom);
+    float values[PKV_HEAD_DIM_MAX];
+    uint32_t bit = 0;
+    apply(kernels, &s->q[0], at, query, values);
+    for (uint32_t i = 0; i < s->dims; i++) {
+        uint64_t dim = at * s->dims + i;
+        for (uint32_t p = 0; p < s->bits[dim]; p++)
+            weights[bit++] = values[i] * s->step[dim] * (float)(1u << p);
+    }
+    *ret_unit = s->unit * scale * 1.44269504f;
+}
+
+static const struct scheme_verbs linear = {linear_sign, linear_weigh}, hash = {hash_sign, hash_weigh},
+                                 code = {code_sign, code_weigh};
+
+/* "unit" in the metadata: log2-score of one unit of weight, relative to what the scheme assumes. */
+static int load_unit(struct gpu_scheme *s, const struct safetensors *st)
+{
+    const char *text = safetensors_meta(st, "unit");
+    char *end = NULL;
+    if (!text)
+        return 0;
+    s->unit = strtof(text, &end);
+    return *end || !isfinite(s->unit) || s->unit <= 0 ? -PKV_ERR_FILE_FIT : 0;
+}
+
+int scheme_file_open(struct gpu_scheme *s, const char *path, uint8_t ret_digest[PKV_DIGEST_BYTES])
+{
+    struct safetensors st;
+    int r = safetensors_open(path, &st, ret_digest);
+    if (r)
+        return r;
+    s->verbs = s->kind == PKV_SCHEME_LINEAR ? &linear : s->kind == PKV_SCHEME_HASH ? &hash : &code;
+    r = s->kind == PKV_SCHEME_LINEAR ? load_linear(s, &st) : s->kind == PKV_SCHEME_HASH ? load_hash(s, &st) : load_code(s, &st);
+    r = r ? r : load_unit(s, &st);
+    safetensors_close(&st);
+    return r;
+}

@@ -1,0 +1,178 @@
+/* `sign`: which channels of a fixed random rotation of (k - mean) are positive; the query's weights are its rotated channels
+ * times the keys' spread there, so that the sum over the bits estimates q . k. The mean and the spread are learnt once per
+ * layer from the first keys that a model is shown, sinks left out; they are the scheme's state, which workers share. A
+ * self-calibrated `code` learns in the same place. */
+#include "gpu/scheme.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define SKIP      16u   /* the first tokens of a sequence are outliers */
+#define LEARN_MIN 64u   /* tokens that a layer's mean needs */
+#define LEARN_MAX 4096u /* and how many it looks at */
+
+static uint64_t random_bits(uint64_t *state)
+{
+    *state += 0x9e3779b97f4a7c15ull; /* splitmix64 */
+    uint64_t z = *state;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ z >> 31;
+}
+
+static void rotate(const struct gpu_scheme *s, const struct gpu_kernels *kernels, const float *from, float *to)
+{
+    uint32_t dim = s->geom.head_dim;
+    for (uint32_t b = 0; b < s->bases; b++)
+        kernels->rotate(from, s->signs + 2ull * b * dim, dim, to + (uint64_t)b * dim);
+    float norm = 1.0f / gpu_rotate_norm(dim);
+    for (uint32_t i = 0; i < s->bases * dim; i++)
+        to[i] *= norm;
+}
+
+static void sign(const struct gpu_scheme *s, const struct gpu_kernels *kernels, uint32_t layer, uint32_t head, const float *key,
+                 uint32_t *words)
+{
+    const struct pkv_geom *g = &s->geom;
+    const float *mean = s->mean + ((uint64_t)layer * g->kv_heads + head) * g->head_dim;
+    float k[PKV_HEAD_DIM_MAX], rotated[2 * PKV_SIG_BITS_MAX];
+    for (uint32_t d = 0; d < g->head_dim; d++)
+        k[d] = key[d] - mean[d];
+    rotate(s, kernels, k, rotated);
+    for (uint32_t w = 0; w < pkv_geom_words(g); w++)
+        words[w] = kernels->positive(rotated + w * 32ull);
+}
+
+static void weigh(const struct gpu_scheme *s, const struct gpu_kernels *kernels, uint32_t layer, uint32_t q_head,
+                  const float *query, float scale, float *weights, float *ret_unit)
+{
+    const struct pkv_geom *g = &s->geom;
+    uint64_t at = (uint64_t)layer * g->kv_heads + q_head / pkv_geom_group(g);
+    float rotated[2 * PKV_SIG_BITS_MAX];
+    rotate(s, kernels, query, rotated);
+    for (uint32_t b = 0; b < g->sig_bits; b++)
+        weights[b] = rotated[b] * s->deviation[at * g->sig_bits + b];
+    /* A bit moves its channel from -E|x| to +E|x|: twice its weight. Several bases estimate the same product. */
+    float partial = g->sig_bits < g->head_dim ? (float)g->head_dim / (float)g->sig_bits : 1.0f;
+    *ret_unit = 2.0f * scale * 1.44269504f * sqrtf(partial) / (float)s->bases;
+}
+
+static const struct scheme_verbs verbs = {sign, weigh};
+
+int scheme_sign_open(struct gpu_scheme *s)
+{
+    const struct pkv_geom *g = &s->geom;
+    uint64_t heads = (uint64_t)g->layers * g->kv_heads;
+    s->verbs = &verbs, s->seed = 0x70766b76ull;
+    s->bases = PKV_DIV_UP(g->sig_bits, g->head_dim);
+    s->signs = malloc(2ull * s->bases * g->head_dim * sizeof(float));
+    s->mean = calloc(heads * g->head_dim, sizeof(float));
+    s->deviation = malloc(heads * g->sig_bits * sizeof(float));
+    s->learnt = calloc(g->layers, 1);
+    if (!s->signs || !s->mean || !s->deviation || !s->learnt)
+        return -PKV_ERR_NO_MEMORY;
+    uint64_t state = s->seed;
+    for (uint32_t i = 0; i < 2 * s->bases * g->head_dim; i++)
+        s->signs[i] = random_bits(&state) >> 63 ? 1.0f : -1.0f;
+    for (uint64_t i = 0; i < heads * g->sig_bits; i++)
+        s->deviation[i] = 1.0f;
+    return 0;
+}
+
+/* Mean of the keys, then the mean magnitude of each rotated channel: for a Gaussian channel E[x sign(x)] = E|x|, the
+ * factor by which a bit's weight estimates the channel. */
+static void learn_head(struct gpu_scheme *s, uint32_t layer, uint32_t head, uint32_t first, uint32_t tokens, const void *k)
+{
+    const struct pkv_geom *g = &s->geom;
+    uint64_t at = (uint64_t)layer * g->kv_heads + head, bytes = (uint64_t)g->head_dim * pkv_dtype_bytes(g->dtype);
+    float *mean = s->mean + at * g->head_dim, *deviation = s->deviation + at * g->sig_bits, key[PKV_HEAD_DIM_MAX];
+    float rotated[2 * PKV_SIG_BITS_MAX];
+    memset(deviation, 0, g->sig_bits * sizeof(float));
+    for (uint32_t pass = 0; pass < 2; pass++) {
+        for (uint32_t t = first; t < tokens; t++) {
+            gpu_kernels_c.to_float((const char *)k + ((uint64_t)t * g->kv_heads + head) * bytes, g->dtype, key, g->head_dim);
+            if (pass == 0) {
+                for (uint32_t d = 0; d < g->head_dim; d++)
+                    mean[d] += key[d] / (float)(tokens - first);
+                continue;
+            }
+            for (uint32_t d = 0; d < g->head_dim; d++)
+                key[d] -= mean[d];
+            rotate(s, &gpu_kernels_c, key, rotated);
+            for (uint32_t b = 0; b < g->sig_bits; b++)
+                deviation[b] += fabsf(rotated[b]) / (float)(tokens - first);
+        }
+    }
+}
+
+bool gpu_scheme_observe(struct gpu_scheme *s, uint32_t layer, uint64_t first_token, uint32_t tokens, const void *k)
+{
+    if (layer >= s->geom.layers || !s->learnt || s->learnt[layer])
+        return false;
+    uint32_t skip = first_token < SKIP ? (uint32_t)(SKIP - first_token) : 0;
+    tokens = PKV_MIN(tokens, LEARN_MAX);
+    if (tokens < skip + LEARN_MIN)
+        return false;
+    for (uint32_t h = 0; h < s->geom.kv_heads; h++)
+        learn_head(s, layer, h, skip, tokens, k);
+    s->learnt[layer] = 1;
+    return true;
+}
+
+bool gpu_scheme_settled(const struct gpu_scheme *s)
+{
+    return !s->learnt || !memchr(s->learnt, 0, s->geom.layers);
+}
+
+/* ---- state: magic, geometry, then mean and deviation ---- */
+
+struct state_head {
+    uint32_t magic, kind;
+    struct pkv_geom geom;
+    uint64_t seed;
+};
+#define STATE_MAGIC 0x32545350u
+
+static uint64_t mean_bytes(const struct pkv_geom *g)
+{
+    return (uint64_t)g->layers * g->kv_heads * g->head_dim * sizeof(float);
+}
+
+static uint64_t deviation_bytes(const struct pkv_geom *g)
+{
+    return (uint64_t)g->layers * g->kv_heads * g->sig_bits * sizeof(float);
+}
+
+uint64_t gpu_scheme_state_bytes(const struct gpu_scheme *s)
+{
+    /* What came from a file is there already. */
+    return !s->learnt ? sizeof(struct state_head)
+                      : sizeof(struct state_head) + mean_bytes(&s->geom) + deviation_bytes(&s->geom);
+}
+
+void gpu_scheme_state_export(const struct gpu_scheme *s, void *ret)
+{
+    struct state_head head = {STATE_MAGIC, s->kind, s->geom, s->seed};
+    char *to = ret;
+    memcpy(to, &head, sizeof(head));
+    if (!s->learnt)
+        return;
+    memcpy(to + sizeof(head), s->mean, mean_bytes(&s->geom));
+    memcpy(to + sizeof(head) + mean_bytes(&s->geom), s->deviation, deviation_bytes(&s->geom));
+}
+
+int gpu_scheme_state_import(struct gpu_scheme *s, const void *state, uint64_t bytes)
+{
+    struct state_head want = {STATE_MAGIC, s->kind, s->geom, s->seed};
+    const char *from = state;
+    if (bytes != gpu_scheme_state_bytes(s) || memcmp(from, &want, sizeof(want)))
+        return -PKV_ERR_FILE_FIT;
+    if (!gpu_kernels_c.finite(from + sizeof(want), PKV_F32, (bytes - sizeof(want)) / sizeof(float)))
+        return -PKV_ERR_FILE_FIT;
+    if (!s->learnt)
+        return 0;
+    memcpy(s->mean, from + sizeof(want), mean_bytes(&s->geom));
+    memcpy(s->deviation, from + sizeof(want) + mean_bytes(&s->geom), deviation_bytes(&s->geom));
+    memset(s->learnt, 1, s->geom.layers);
+    return 0;
+}
