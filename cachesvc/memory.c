@@ -17,7 +17,8 @@ int memory_create(struct memory *m, uint64_t chunk_bytes, uint64_t pool_bytes, u
 {
     *m = (struct memory){.chunk_bytes = chunk_bytes, .populate = populate};
     uint32_t want[PKV_TIERS] = {0, (uint32_t)(pool_bytes / chunk_bytes), (uint32_t)(arena_bytes / chunk_bytes)};
-    int r = 0;
+    /* All or nothing: taking what there is before failing would push others out. */
+    int r = populate && pool_bytes + arena_bytes > offload_available() ? -ENOMEM : 0;
     for (uint32_t tier = PKV_TIER_POOL; tier < PKV_TIERS && !r; tier++) {
         m->chunks[tier] = calloc(want[tier], sizeof(struct offload_chunk));
         m->bases[tier] = calloc(PKV_CHUNKS_MAX, sizeof(uint64_t));

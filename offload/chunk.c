@@ -34,7 +34,7 @@ const char *offload_pages_name(enum offload_pages pages)
 
 /* The kernel's estimate of what can be taken without pushing others out; UINT64_MAX where it gives none. Filling shared memory
  * beyond it ends processes at random, so it is asked before. */
-static uint64_t available_bytes(void)
+uint64_t offload_available(void)
 {
     char line[128];
     unsigned long long kib;
@@ -120,7 +120,7 @@ int offload_chunk_create(const struct offload_chunk_options *o, struct offload_c
 {
     if (!o->bytes || o->bytes % 4096 || o->best >= OFFLOAD_PAGES)
         return -EINVAL;
-    if (o->populate && o->bytes > available_bytes())
+    if (o->populate && o->bytes > offload_available())
         return -ENOMEM;
     struct offload_chunk c = {.fd = -1, .bytes = o->bytes, .pages = OFFLOAD_SMALL};
     int r = -ENOMEM;

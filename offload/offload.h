@@ -27,6 +27,9 @@ struct offload_chunk_options {
     uint32_t populate;       /* threads that touch every page now, so that no later write fails for memory; 0: none */
 };
 
+/* Bytes that can be taken without pushing others out; UINT64_MAX where the kernel does not say. */
+uint64_t offload_available(void);
+
 /* -EINVAL bad size, -ENOMEM not enough memory, -EMFILE too many descriptors. Nothing is left behind on failure. */
 int offload_chunk_create(const struct offload_chunk_options *options, struct offload_chunk *ret);
 void offload_chunk_destroy(struct offload_chunk *chunk);

@@ -11,7 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { LAYERS = 1, Q_HEADS = 8, KV_HEADS = 2, DIM = 64, PROMPT = 20000, STEPS = 5, PLANTED = 12345 };
+enum { LAYERS = 1, Q_HEADS = 8, KV_HEADS = 2, DIM = 64, PROMPT = 20000, STEPS = 40, PLANTED = 12345 };
 
 static float noise(void)
 {
@@ -51,7 +51,7 @@ static int decode(struct pkv *kv, struct pkv_seq *seq)
         /* Every q head looks for the planted token. */
         for (int h = 0; h < Q_HEADS; h++)
             for (int d = 0; d < DIM; d++)
-                q[h * DIM + d] = 8 * k[(PLANTED * KV_HEADS + h / (Q_HEADS / KV_HEADS)) * DIM + d] + noise();
+                q[h * DIM + d] = 30 * k[(PLANTED * KV_HEADS + h / (Q_HEADS / KV_HEADS)) * DIM + d] + noise();
         for (int layer = 0; layer < LAYERS; layer++) {
             if (pkv_append(seq, (uint32_t)layer, 1, k + step * KV_HEADS * DIM, v + step * KV_HEADS * DIM) ||
                 pkv_attend(&seq, &one, 1, (uint32_t)layer, q, &budget, out, NULL, &explain) ||
@@ -66,6 +66,7 @@ static int decode(struct pkv *kv, struct pkv_seq *seq)
         printf("step %d: %llu tokens, attended %.1f %% of them, error %.4f of the exact output\n", step,
                (unsigned long long)pkv_seq_tokens(seq), 100.0 * (double)explain.tokens_attended / (double)explain.tokens_seen,
                sqrt(difference / norm));
+        fflush(stdout);
     }
     return 0;
 }
