@@ -60,17 +60,23 @@ static inline void scan_store(struct scan_tile *t, uint32_t half, uint32_t vecto
     t->bits[half][2][vector] = _mm512_srli_epi16(bits, 10);
 }
 
-/* Blocks lie apart, so the processor does not see the next one coming. */
-static void scan_prefetch(const struct gpu_scan *a, uint32_t block, uint32_t blocks)
+/* Blocks lie apart, so the processor does not see the next ones coming; a line now and then, for all at once would stop it. */
+struct scan_ahead {
+    uint32_t block, end, line; /* the next line to fetch, until `end` */
+};
+
+static inline void scan_fetch(const struct gpu_scan *a, struct scan_ahead *ahead, uint32_t lines)
 {
-    for (uint32_t b = block; b < PKV_MIN(block + TILE / PKV_BLOCK_TOKENS, blocks); b++)
-        for (uint32_t line = 0; line < a->words * PKV_BLOCK_TOKENS * 4; line += PKV_CACHE_LINE)
-            __builtin_prefetch((const char *)a->signatures[b] + line);
+    uint32_t each = a->words * PKV_BLOCK_TOKENS * 4 / PKV_CACHE_LINE;
+    for (uint32_t i = 0; i < lines && ahead->block < ahead->end; i++) {
+        __builtin_prefetch((const char *)a->signatures[ahead->block] + ahead->line * PKV_CACHE_LINE);
+        if (++ahead->line == each)
+            ahead->line = 0, ahead->block++;
+    }
 }
 
 static void scan_load(const struct gpu_scan *a, uint32_t block, uint32_t blocks, struct scan_tile *t)
 {
-    scan_prefetch(a, block + 2 * TILE / PKV_BLOCK_TOKENS, blocks);
     for (uint32_t v = 0; v < VECTORS; v++) {
         /* Past the end the last block stands in; its codes are thrown away. */
         const uint32_t *s = a->signatures[PKV_MIN(block + v / 2, blocks - 1)] + (uint64_t)(v % 2) * 32 * a->words;
@@ -82,9 +88,10 @@ static void scan_load(const struct gpu_scan *a, uint32_t block, uint32_t blocks,
     }
 }
 
-static void scan_sum(const struct gpu_scan *a, struct scan_tile *t)
+static void scan_sum(const struct gpu_scan *a, struct scan_tile *t, uint32_t ahead_block, uint32_t blocks)
 {
-    uint32_t halves = a->words * 2;
+    uint32_t halves = a->words * 2, steps = a->group * halves, lines = a->words * TILE * 4 / PKV_CACHE_LINE;
+    struct scan_ahead ahead = {PKV_MIN(ahead_block, blocks), PKV_MIN(ahead_block + TILE / PKV_BLOCK_TOKENS, blocks), 0};
     for (uint32_t h = 0; h < a->group; h++) {
         __m512i sums[VECTORS];
 #pragma GCC unroll 8
@@ -93,6 +100,7 @@ static void scan_sum(const struct gpu_scan *a, struct scan_tile *t)
         for (uint32_t i = 0; i < halves; i++) {
             const __m512i *table = (const __m512i *)(const void *)(a->tables + ((uint64_t)h * halves + i) * 128);
             __m512i t0 = table[0], t1 = table[1], t2 = table[2], t3 = table[3];
+            scan_fetch(a, &ahead, PKV_DIV_UP(lines, steps));
 #pragma GCC unroll 8
             for (uint32_t v = 0; v < VECTORS; v++) {
                 __m512i x = _mm512_permutexvar_epi16(t->bits[i][0][v], t0);
@@ -195,7 +203,7 @@ static void scan_words(const struct gpu_scan *a)
     scan_tables(a);
     for (uint32_t at = a->first / TILE * TILE; at < a->last; at += TILE) {
         scan_load(a, at / PKV_BLOCK_TOKENS, blocks, &t);
-        scan_sum(a, &t);
+        scan_sum(a, &t, at / PKV_BLOCK_TOKENS + 2 * TILE / PKV_BLOCK_TOKENS, blocks);
         if (a->rule == PKV_RULE_SOFTMAX)
             scan_codes_softmax(a, &t);
         else
