@@ -15,6 +15,9 @@
 /* Connections that have not said hello yet count too. */
 #define DAEMON_CONNECTIONS_MAX (2 * PKV_WORKERS_MAX)
 
+/* What the loop calls its own descriptors; workers' tokens come after. */
+enum { TOKEN_LISTEN = 1, TOKEN_COPIES, TOKEN_SERVED, TOKEN_SIGNAL, TOKEN_ADMIN, TOKEN_WORKERS = 16 };
+
 struct worker;
 
 #define PKV_COUNTER_MEMBER(name, unit, help) uint64_t name;

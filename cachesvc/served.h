@@ -1,5 +1,5 @@
 /* A served operation: what its mover thread needs, copied in the loop's thread. The block references are a copy too, and the
- * job counts as a reader of their epoch until it is done (daemon.c), so nothing moves under it. */
+ * job counts as a reader of their epoch until it is done (turn.c), so nothing moves under it. */
 #ifndef CACHESVC_SERVED_H
 #define CACHESVC_SERVED_H
 

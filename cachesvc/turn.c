@@ -1,0 +1,263 @@
+/* The daemon's loop.
+ *
+ * A turn: take what the sockets say -> take submissions, a bounded number per worker -> take what movers finished -> carry out
+ * what the core decided -> publish the epoch and see which readers have passed it -> sleep if there was nothing.
+ * Before it sleeps the loop raises `waiting` in every region, fences, and looks once more; a worker that pushes after that
+ * sees the flag and writes its eventfd. */
+#include "cachesvc/daemon.h"
+
+#include "cachesvc/served.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/signalfd.h>
+#include <unistd.h>
+
+#define HELLO_NS   5000000000ull /* a connection says hello within this */
+#define IDLE_NS    1000000000ull /* the longest sleep */
+#define READERS_NS 200000ull     /* the sleep while an operation waits for readers to pass an epoch */
+
+/* ---- what the core decided ---- */
+
+struct copy_job {
+    struct mover_job job;
+    struct daemon *daemon;
+    uint32_t copy;
+    void *to;
+    const void *from;
+    uint64_t bytes, checksum, ns;
+};
+
+static void copy_run(struct mover_job *job)
+{
+    struct copy_job *c = PKV_CONTAINER_OF(job, struct copy_job, job);
+    uint64_t begin = daemon_now_ns();
+    c->checksum = offload_copy(c->to, c->from, c->bytes);
+    c->ns = daemon_now_ns() - begin;
+}
+
+static void copy_done(struct mover_job *job)
+{
+    struct copy_job *c = PKV_CONTAINER_OF(job, struct copy_job, job);
+    c->daemon->counters.copy_bytes += c->bytes;
+    c->daemon->counters.copy_ns += c->ns;
+    core_copied(c->daemon->core, c->copy, true, c->checksum);
+    free(c);
+}
+
+static void *address(struct daemon *d, uint64_t place, uint64_t bytes)
+{
+    return (void *)(uintptr_t)pkv_place_address(d->memory.bases[pkv_place_tier(place)][pkv_place_chunk(place)], place, bytes);
+}
+
+static void act_copy(struct daemon *d, const struct core_action *a)
+{
+    struct copy_job *c = malloc(sizeof(*c));
+    if (!c) {
+        core_copied(d->core, a->copy, false, 0);
+        return;
+    }
+    *c = (struct copy_job){.job = {.run = copy_run, .done = copy_done},
+                           .daemon = d,
+                           .copy = a->copy,
+                           .to = address(d, a->to, a->bytes),
+                           .from = address(d, a->from, a->bytes),
+                           .bytes = a->bytes};
+    mover_submit(&d->copies, &c->job);
+}
+
+static struct worker *worker_find(struct daemon *d, uint32_t id)
+{
+    for (uint32_t i = 0; i < DAEMON_CONNECTIONS_MAX; i++)
+        if (d->workers[i] && d->workers[i]->state == WORKER_JOINED && d->workers[i]->id == id)
+            return d->workers[i];
+    return NULL;
+}
+
+void daemon_act(struct daemon *d)
+{
+    struct core_action a;
+    while (core_next_action(d->core, &a)) {
+        if (a.kind == CORE_COPY) {
+            act_copy(d, &a);
+        } else if (a.kind == CORE_CHUNK_RESET) {
+            if (memory_reset(&d->memory, a.tier, a.chunk))
+                log_warn("no fresh memory for a chunk that changes its tenant: the old memory was zeroed");
+        } else {
+            struct worker *w = worker_find(d, a.worker);
+            if (w)
+                worker_complete(w, a.tag, a.err, a.value0, a.value1);
+        }
+    }
+}
+
+/* ---- epochs ---- */
+
+static uint64_t readers_epoch(struct daemon *d, uint64_t epoch)
+{
+    for (uint32_t i = 0; i < DAEMON_CONNECTIONS_MAX; i++) {
+        const struct worker *w = d->workers[i];
+        if (w && w->served)
+            epoch = PKV_MIN(epoch, w->served->epoch);
+        if (w && w->state == WORKER_JOINED)
+            epoch = PKV_MIN(epoch, pkv_load64(&w->region->epoch)); /* idle is the greatest number */
+    }
+    return epoch;
+}
+
+static void epochs_turn(struct daemon *d)
+{
+    uint64_t epoch = core_epoch(d->core);
+    if (epoch != d->epoch_published) {
+        pkv_store64(&d->control->epoch, epoch);
+        d->epoch_published = epoch;
+    }
+    pkv_fence(); /* pairs with pkv_epoch_enter */
+    core_quiesce(d->core, daemon_now_ns(), readers_epoch(d, epoch));
+    daemon_act(d);
+}
+
+/* ---- turns ---- */
+
+static void accept_all(struct daemon *d)
+{
+    for (int n = 0; n < 16; n++) {
+        int pid = 0, fd = listen_accept(&d->listener, &pid);
+        if (fd == -EPERM)
+            continue;
+        if (fd < 0)
+            return;
+        int r = worker_accept(d, fd, pid);
+        if (r) {
+            log_warn("no room for the connection of pid %d: %s", pid, strerror(-r));
+            close(fd);
+        }
+    }
+}
+
+static void on_token(struct daemon *d, uint64_t token)
+{
+    uint64_t ignored;
+    struct signalfd_siginfo signal;
+    switch (token) {
+    case TOKEN_LISTEN:
+        accept_all(d);
+        return;
+    case TOKEN_COPIES:
+    case TOKEN_SERVED: /* the queues are looked at in every turn */
+        if (read(token == TOKEN_COPIES ? d->copies_event : d->served_event, &ignored, sizeof(ignored)) < 0)
+            return;
+        return;
+    case TOKEN_SIGNAL:
+        if (read(d->signals, &signal, sizeof(signal)) == (ssize_t)sizeof(signal))
+            d->stop = true;
+        return;
+    case TOKEN_ADMIN:
+        admin_answer(d);
+        return;
+    default:
+        for (uint32_t i = 0; i < DAEMON_CONNECTIONS_MAX; i++) {
+            struct worker *w = d->workers[i];
+            if (!w || w->state == WORKER_LEFT || token - w->token >= 3)
+                continue;
+            worker_ready(w, (uint32_t)(token - w->token));
+            return;
+        }
+    }
+}
+
+static bool look(struct daemon *d)
+{
+    bool work = mover_has_done(&d->copies) || mover_has_done(&d->served);
+    for (uint32_t i = 0; i < DAEMON_CONNECTIONS_MAX && !work; i++)
+        work = d->workers[i] && worker_has_work(d->workers[i]);
+    return work;
+}
+
+static bool turn(struct daemon *d)
+{
+    bool work = false;
+    d->counters.loop_turns++;
+    for (uint32_t i = 0; i < DAEMON_CONNECTIONS_MAX; i++) {
+        struct worker *w = d->workers[i];
+        if (!w || w->state != WORKER_JOINED)
+            continue;
+        if (w->backlog_count)
+            worker_flush(w);
+        work |= worker_drain(w);
+        if (w->doomed)
+            worker_leave(w, true, "it does not reap its completions");
+    }
+    work |= mover_reap(&d->copies);
+    work |= mover_reap(&d->served);
+    daemon_act(d);
+    epochs_turn(d);
+    return work;
+}
+
+static void flags(struct daemon *d, uint32_t waiting)
+{
+    for (uint32_t i = 0; i < DAEMON_CONNECTIONS_MAX; i++)
+        if (d->workers[i] && d->workers[i]->state == WORKER_JOINED)
+            pkv_store32(&d->workers[i]->region->sq_tail.waiting, waiting);
+    pkv_fence();
+}
+
+static uint64_t sleep_bound(struct daemon *d, uint64_t now)
+{
+    uint64_t bound = IDLE_NS, deadline = core_deadline(d->core);
+    if (deadline != UINT64_MAX)
+        bound = PKV_MIN(READERS_NS, deadline > now ? deadline - now : 0);
+    for (uint32_t i = 0; i < DAEMON_CONNECTIONS_MAX; i++)
+        if (d->workers[i] && d->workers[i]->backlog_count)
+            bound = PKV_MIN(bound, 1000000u); /* nothing tells when a worker reaps */
+    return bound;
+}
+
+static void drop_silent(struct daemon *d, uint64_t now)
+{
+    for (uint32_t i = 0; i < DAEMON_CONNECTIONS_MAX; i++)
+        if (d->workers[i] && d->workers[i]->state == WORKER_NEW && now - d->workers[i]->accepted_ns > HELLO_NS)
+            worker_leave(d->workers[i], false, "no hello");
+}
+
+/* Waits for descriptors, or only looks; carries out what they say. */
+static int descriptors(struct daemon *d, uint64_t timeout_ns)
+{
+    uint64_t tokens[64];
+    int n = d->io->wait(d->loop, timeout_ns, tokens, 64);
+    for (int i = 0; i < n; i++)
+        on_token(d, tokens[i]);
+    if (n < 0)
+        log_error("waiting for descriptors failed: %s", strerror(-n));
+    return n;
+}
+
+int daemon_run(struct daemon *d)
+{
+    uint64_t busy = daemon_now_ns(), looked = busy;
+    int n = 0;
+    while (!d->stop && n >= 0) {
+        uint64_t now = daemon_now_ns();
+        if (turn(d))
+            busy = now;
+        /* While movers compute, spinning would take their processor; they wake the loop. */
+        if (now - busy < d->config.spin_us * 1000 && !d->serving) {
+            /* Descriptors cost a system call: while spinning they are looked at now and then. */
+            if (now - looked > 20000) {
+                n = descriptors(d, 0);
+                looked = now;
+            }
+            continue;
+        }
+        flags(d, 1);
+        uint64_t bound = look(d) ? 0 : sleep_bound(d, now);
+        n = descriptors(d, bound);
+        flags(d, 0);
+        looked = daemon_now_ns();
+        if (n > 0)
+            busy = looked;
+        drop_silent(d, looked);
+    }
+    return n < 0 ? n : 0;
+}
