@@ -219,10 +219,145 @@ static void test_failed_copy_is_tried_once_more(void **state)
     assert_null(core_check(core));
 }
 
+/* Takes all actions: copies end well, or not; the last COMPLETE, if there was one. */
+static bool carry_out(bool ok, struct core_action *ret)
+{
+    struct core_action a;
+    bool complete = false;
+    while (core_next_action(core, &a)) {
+        if (a.kind == CORE_COPY) {
+            core_copied(core, a.copy, ok, 1);
+        } else if (a.kind == CORE_COMPLETE) {
+            *ret = a;
+            complete = true;
+        }
+    }
+    assert_null(core_check(core));
+    return complete;
+}
+
+static uint64_t text(uint32_t blocks, struct pkv_table **ret)
+{
+    uint64_t h = create(20, 0, ret);
+    assert_int_equal(grant(h, PKV_LAYER_ALL, blocks + 1), PKV_ERR_OK);
+    for (uint32_t l = 0; l < LAYERS; l++)
+        assert_int_equal(core_seal(core, alice, h, l, 0, blocks), PKV_ERR_OK);
+    assert_int_equal(copy_all(true), blocks * LAYERS);
+    return h;
+}
+
+static void test_fork_shares_and_copies(void **state)
+{
+    (void)state;
+    start(20, 20);
+    struct pkv_table *t, *c;
+    struct core_action a;
+    uint64_t h = text(5, &t), child = 0, at = 0;
+    enum pkv_err e = PKV_ERR_OK;
+    struct pkv_op_fork op = {.tokens = 3 * PKV_BLOCK_TOKENS};
+    assert_true(core_seq_fork(core, 0, alice, 1, h, &op, &e, &child, &at)); /* whole blocks: nothing to copy */
+    c = (struct pkv_table *)(uintptr_t)at;
+    for (uint32_t b = 0; b < 3; b++)
+        assert_memory_equal(&pkv_table_layer(c, 1, 20)[b], &pkv_table_layer(t, 1, 20)[b], sizeof(struct pkv_block_ref));
+    assert_int_equal(c->tokens, 3 * PKV_BLOCK_TOKENS);
+    struct core_seq_info info;
+    assert_true(core_seq_info(core, pkv_handle_index(h), &info));
+    assert_int_equal(info.blocks.shared, 3 * LAYERS);
+    op.tokens = 5 * PKV_BLOCK_TOKENS + 7; /* the tail is being written by the parent */
+    assert_false(core_seq_fork(core, 0, alice, 2, h, &op, &e, &child, &at));
+    assert_true(carry_out(true, &a));
+    assert_int_equal(a.tag, 2);
+    assert_int_equal(a.err, PKV_ERR_OK);
+    c = (struct pkv_table *)(uintptr_t)a.value1;
+    assert_int_equal(pkv_table_layer(c, 0, 20)[4].rows, pkv_table_layer(t, 0, 20)[4].rows);
+    assert_int_not_equal(pkv_table_layer(c, 0, 20)[5].rows, pkv_table_layer(t, 0, 20)[5].rows);
+    /* The parent goes, the child keeps what it shares. */
+    assert_int_equal(core_seq_destroy(core, alice, h), PKV_ERR_OK);
+    assert_null(core_check(core));
+    assert_int_equal(pkv_place_tier(pkv_table_layer(c, 0, 20)[0].rows), PKV_TIER_POOL);
+    op.tokens = 7 * PKV_BLOCK_TOKENS;
+    assert_true(core_seq_fork(core, 0, alice, 3, a.value0, &op, &e, &child, &at));
+    assert_int_equal(e, PKV_ERR_LENGTH);
+}
+
+static void test_fork_that_fails_leaves_nothing(void **state)
+{
+    (void)state;
+    start(20, 20);
+    struct pkv_table *t;
+    struct core_action a;
+    struct core_stats before, after;
+    uint64_t h = text(5, &t), child = 0, at = 0;
+    enum pkv_err e = PKV_ERR_OK;
+    core_stats(core, &before);
+    struct pkv_op_fork op = {.tokens = 2 * PKV_BLOCK_TOKENS + 1};
+    assert_false(core_seq_fork(core, 0, alice, 1, h, &op, &e, &child, &at));
+    assert_true(carry_out(false, &a)); /* a copy fails */
+    assert_int_equal(a.err, PKV_ERR_SYSTEM);
+    /* The parent goes while its tail is read: its places wait for the copies. */
+    assert_false(core_seq_fork(core, 0, alice, 2, h, &op, &e, &child, &at));
+    core_quiesce(core, 0, core_epoch(core));
+    core_stats(core, &after);
+    assert_int_equal(after.seqs, before.seqs + 1); /* the child that is being made */
+    assert_int_equal(core_seq_destroy(core, alice, h), PKV_ERR_OK);
+    assert_null(core_check(core));
+    assert_true(carry_out(true, &a));
+    assert_int_equal(a.err, PKV_ERR_OK);
+    /* A worker that dies in the middle takes its child along. */
+    assert_false(core_seq_fork(core, 0, alice, 3, a.value0, &op, &e, &child, &at));
+    core_worker_leave(core, alice);
+    carry_out(true, &a);
+    core_quiesce(core, 0, core_epoch(core));
+    core_stats(core, &after);
+    assert_int_equal(after.seqs + after.granted + after.sealed + after.home, 0);
+    assert_int_equal(after.used[PKV_TIER_POOL] + after.used[PKV_TIER_ARENA], 0);
+    assert_null(core_check(core));
+}
+
+static void test_truncate(void **state)
+{
+    (void)state;
+    start(20, 20);
+    struct pkv_table *t;
+    struct core_action a;
+    uint64_t h = text(5, &t);
+    enum pkv_err e = PKV_ERR_OK;
+    const struct pkv_block_ref *refs = pkv_table_layer(t, 0, 20);
+    assert_true(core_seq_truncate(core, 0, alice, 1, h, PKV_LAYER_ALL, 4 * PKV_BLOCK_TOKENS, &e)); /* at a border: at once */
+    assert_int_equal(e, PKV_ERR_OK);
+    assert_int_equal(refs[4].rows, 0);
+    assert_int_equal(t->tokens, 4 * PKV_BLOCK_TOKENS);
+    uint64_t sealed = refs[2].rows;
+    assert_false(core_seq_truncate(core, 0, alice, 2, h, PKV_LAYER_ALL, 2 * PKV_BLOCK_TOKENS + 9, &e));
+    assert_int_equal(refs[3].rows, 0);      /* whole blocks go at once */
+    assert_int_equal(refs[2].rows, sealed); /* the tail stays until its copy is in */
+    enum pkv_err busy = grant(h, 0, 4);
+    assert_int_equal(busy, PKV_ERR_BUSY);
+    assert_int_equal(core_seal(core, alice, h, 0, 2, 1), PKV_ERR_BUSY);
+    assert_true(carry_out(true, &a));
+    assert_int_equal(a.tag, 2);
+    assert_int_not_equal(refs[2].rows, sealed);
+    assert_int_equal(core_seal(core, alice, h, 0, 2, 1), PKV_ERR_OK); /* and is written and sealed again */
+    carry_out(true, &a);
+    /* One layer alone, and what is refused. */
+    assert_true(core_seq_truncate(core, 0, alice, 3, h, 1, 0, &e));
+    assert_int_equal(e, PKV_ERR_OK);
+    assert_int_equal(pkv_table_layer(t, 1, 20)[0].rows, 0);
+    assert_int_not_equal(refs[0].rows, 0);
+    assert_int_equal(t->tokens, 0);
+    assert_true(core_seq_truncate(core, 0, alice, 4, h, 0, 4 * PKV_BLOCK_TOKENS, &e));
+    assert_int_equal(e, PKV_ERR_LENGTH);
+    assert_true(core_seq_truncate(core, 0, alice, 5, h, LAYERS, 0, &e));
+    assert_int_equal(e, PKV_ERR_INVALID);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_teardown(test_life_of_a_block, stop),
+        cmocka_unit_test_teardown(test_fork_shares_and_copies, stop),
+        cmocka_unit_test_teardown(test_fork_that_fails_leaves_nothing, stop),
+        cmocka_unit_test_teardown(test_truncate, stop),
         cmocka_unit_test_teardown(test_full_pool_is_bounded, stop),
         cmocka_unit_test_teardown(test_full_arena, stop),
         cmocka_unit_test_teardown(test_refusals, stop),
