@@ -1,5 +1,6 @@
 /* Chunks of both tiers. On the host backend the pool is CPU memory too: a memfd that its workers may map writable, for they
- * write the blocks that they were granted. Nobody but the daemon maps the arena writable. */
+ * write the blocks that they were granted. Nobody but the daemon maps the arena writable. The pool's pages are touched at the
+ * start; the arena's are reserved, and zeroed when a copy reaches them: touching them takes five times as long. */
 #include "cachesvc/memory.h"
 
 #include <errno.h>
@@ -8,8 +9,12 @@
 
 static int chunk_create(const struct memory *m, uint32_t tier, struct offload_chunk *ret)
 {
-    struct offload_chunk_options options = {
-        .bytes = m->chunk_bytes, .best = OFFLOAD_HUGETLB, .readers_only = tier == PKV_TIER_ARENA, .populate = m->populate};
+    bool pool = tier == PKV_TIER_POOL;
+    struct offload_chunk_options options = {.bytes = m->chunk_bytes,
+                                            .best = OFFLOAD_HUGETLB,
+                                            .readers_only = !pool,
+                                            .reserve = !pool && m->populate,
+                                            .populate = pool ? m->populate : 0};
     return offload_chunk_create(&options, ret);
 }
 

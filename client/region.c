@@ -12,8 +12,8 @@ static int map_chunk(struct pkv *kv, uint32_t tier, uint32_t chunk)
     int fd = -1, r = socket_call(kv, &request, sizeof(request), -1, &reply, &fd);
     if (r)
         return r;
-    /* The daemon has taken the memory; a page table entry each now is cheaper than a fault each later. */
-    int flags = MAP_SHARED | MAP_POPULATE;
+    /* The pool's pages have been touched: a page table entry each now is cheaper than a fault each later. */
+    int flags = MAP_SHARED | (tier == PKV_TIER_POOL ? MAP_POPULATE : 0);
     void *readable = mmap(NULL, reply.bytes, PROT_READ, flags, fd, 0), *writable = NULL;
     if (tier == PKV_TIER_POOL)
         writable = mmap(NULL, reply.bytes, PROT_READ | PROT_WRITE, flags, fd, 0);

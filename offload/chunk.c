@@ -120,7 +120,7 @@ int offload_chunk_create(const struct offload_chunk_options *o, struct offload_c
 {
     if (!o->bytes || o->bytes % 4096 || o->best >= OFFLOAD_PAGES)
         return -EINVAL;
-    if (o->populate && o->bytes > offload_available())
+    if ((o->populate || o->reserve) && o->bytes > offload_available())
         return -ENOMEM;
     struct offload_chunk c = {.fd = -1, .bytes = o->bytes, .pages = OFFLOAD_SMALL};
     int r = -ENOMEM;
@@ -137,7 +137,9 @@ int offload_chunk_create(const struct offload_chunk_options *o, struct offload_c
     bool huge = c.pages == OFFLOAD_SMALL && o->best <= OFFLOAD_THP && o->bytes >= HUGE_BYTES;
     if (huge)
         (void)madvise(c.base, c.bytes, MADV_HUGEPAGE); /* advice; the collapse below tells what came of it */
-    if (o->populate)
+    if (o->reserve && fallocate(c.fd, 0, 0, (off_t)c.bytes))
+        r = errno == ENOSPC ? -ENOMEM : -errno;
+    if (!r && o->populate)
         r = populate(c.base, c.bytes, o->populate);
     if (!r && huge && o->populate && madvise(c.base, c.bytes, MADV_COLLAPSE) == 0)
         c.pages = OFFLOAD_THP;

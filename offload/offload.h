@@ -24,7 +24,10 @@ struct offload_chunk_options {
     uint64_t bytes;          /* a multiple of 4096 */
     enum offload_pages best; /* try this kind first, then the lesser ones */
     bool readers_only;       /* nobody but this process may map it writable (arena); false: writers may (pool) */
-    uint32_t populate;       /* threads that touch every page now, so that no later write fails for memory; 0: none */
+    /* Take the memory now, so that no later write fails for want of it: `reserve` without touching it (the kernel zeroes a page
+     * at its first use), `populate` by that many threads that touch every page; 0: none. */
+    bool reserve;
+    uint32_t populate;
 };
 
 /* Bytes that can be taken without pushing others out; UINT64_MAX where the kernel does not say. */

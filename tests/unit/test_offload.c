@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 static struct offload_chunk create(bool readers_only, uint32_t populate)
@@ -58,6 +59,31 @@ static void test_readers_cannot_write(void **state)
     assert_int_equal(reader[99], 7);
     munmap((void *)(uintptr_t)reader, c.bytes);
     offload_chunk_destroy(&c);
+}
+
+static uint64_t taken(const struct offload_chunk *c)
+{
+    struct stat st;
+    assert_int_equal(fstat(c->fd, &st), 0);
+    return (uint64_t)st.st_blocks * 512;
+}
+
+static void test_reserve_takes_the_memory_at_once(void **state)
+{
+    (void)state;
+    struct offload_chunk_options o = {.bytes = 4u << 20, .readers_only = true, .best = OFFLOAD_SMALL};
+    struct offload_chunk c;
+    assert_int_equal(offload_chunk_create(&o, &c), 0);
+    assert_int_equal(taken(&c), 0);
+    offload_chunk_destroy(&c);
+    o.reserve = true;
+    assert_int_equal(offload_chunk_create(&o, &c), 0);
+    assert_true(taken(&c) >= c.bytes);
+    for (uint64_t at = 0; at < c.bytes; at += 4096) /* never what another left there */
+        assert_int_equal(((char *)c.base)[at], 0);
+    offload_chunk_destroy(&c);
+    o.bytes = 1ull << 50;
+    assert_int_equal(offload_chunk_create(&o, &c), -ENOMEM);
 }
 
 static int open_fds(void)
@@ -111,7 +137,8 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_chunk_is_shared),      cmocka_unit_test(test_chunk_keeps_its_size),
-        cmocka_unit_test(test_readers_cannot_write), cmocka_unit_test(test_bad_sizes_leave_nothing),
+        cmocka_unit_test(test_readers_cannot_write),
+        cmocka_unit_test(test_reserve_takes_the_memory_at_once), cmocka_unit_test(test_bad_sizes_leave_nothing),
         cmocka_unit_test(test_copy_and_checksum),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
