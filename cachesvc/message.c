@@ -22,6 +22,7 @@ union message {
     struct pkv_bye bye;
 };
 
+/* Always true: a peer that is gone, or that does not read, sent no bad message. Its socket ends; the next turn sees it. */
 static bool reply(struct worker *w, uint16_t message, struct pkv_reply *r, const int *fds, uint16_t count)
 {
     r->magic = PKV_MAGIC, r->message = message, r->fds = count;
@@ -38,7 +39,9 @@ static bool reply(struct worker *w, uint16_t message, struct pkv_reply *r, const
         c->cmsg_level = SOL_SOCKET, c->cmsg_type = SCM_RIGHTS, c->cmsg_len = CMSG_LEN(count * sizeof(int));
         memcpy(CMSG_DATA(c), fds, count * sizeof(int));
     }
-    return sendmsg(w->socket, &m, MSG_NOSIGNAL | MSG_DONTWAIT) == (ssize_t)sizeof(*r);
+    if (sendmsg(w->socket, &m, MSG_NOSIGNAL | MSG_DONTWAIT) != (ssize_t)sizeof(*r))
+        shutdown(w->socket, SHUT_RDWR);
+    return true;
 }
 
 static enum pkv_err region_make(struct worker *w, uint64_t data_bytes)
