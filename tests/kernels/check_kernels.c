@@ -1,12 +1,14 @@
 /* The kernels against a second, naive reference (double precision, sorting), and every instruction set against plain C bit
  * for bit, over random shapes with ragged tails.
- * usage: check_kernels [SEED [CASES]] */
+ * usage: check_kernels [SEED [CASES]]
+ *        check_kernels --bench [TOKENS]   times each kernel of each instruction set instead */
 #include "gpu/code.h"
 #include "gpu/gpu.h"
 
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
 static uint64_t state;
@@ -384,8 +386,110 @@ static void check_refusals(void)
     gpu_close(gpu);
 }
 
+/* ---- benchmark: a Llama-3.1-8B layer; bytes that a kernel must read or write against a plain sum over the rows ---- */
+
+static double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+static double plain_sum(const uint64_t *data, uint64_t bytes)
+{
+    double begin = now();
+    uint64_t sum = 0;
+    for (uint64_t i = 0; i < bytes / 8; i++)
+        sum += data[i];
+    double seconds = now() - begin;
+    MUST(sum != 1); /* used: the loop stays */
+    return (double)bytes / seconds * 1e-9;
+}
+
+static struct world bench_world(uint32_t tokens)
+{
+    struct world w = {.g = {.layers = 2, .q_heads = 32, .kv_heads = 8, .head_dim = 128, .dtype = PKV_F16, .sig_bits = 128},
+                      .tokens = tokens,
+                      .queries = 1,
+                      .policy = {.k = 2048, .sinks = 128, .recent = 128}};
+    world_data(&w);
+    world_places(&w);
+    return w;
+}
+
+#define TIMED(label, bytes, call)                                                                                          \
+    do {                                                                                                                   \
+        double best = 1e9;                                                                                                 \
+        for (int round = 0; round < 5; round++) {                                                                          \
+            double begin = now();                                                                                          \
+            MUST((call) == 0);                                                                                             \
+            best = PKV_MIN(best, now() - begin);                                                                           \
+        }                                                                                                                  \
+        printf("%-8s %-8s %9.3f ms %8.2f GB/s %6.1f %% of the plain sum\n", isa, label, best * 1e3, (bytes) / best * 1e-9, \
+               (bytes) / best * 1e-7 / peak);                                                                              \
+    } while (0)
+
+static void bench_isa(const char *isa, struct world *w, double peak)
+{
+    struct gpu_options options = {.isa = isa, .threads = 1};
+    struct gpu *gpu;
+    struct gpu_scheme *scheme;
+    uint8_t digest[PKV_DIGEST_BYTES];
+    if (gpu_open(&options, &gpu))
+        return;
+    MUST(gpu_scheme_open(PKV_SCHEME_SIGN, &w->g, NULL, &scheme, digest) == 0);
+    gpu_scheme_observe(scheme, 1, 0, w->tokens, w->k);
+    double rows = (double)w->tokens * w->g.kv_heads * (double)pkv_geom_row_bytes(&w->g), signatures = rows / 32;
+    uint32_t rows_max = w->policy.k + w->policy.sinks + w->policy.recent;
+    double chosen = (double)rows_max * w->g.kv_heads * (double)pkv_geom_row_bytes(&w->g);
+    struct gpu_rows lists = {rows_max, take(rows_max * 8 * 4), take(8 * 4), NULL};
+    float *out = take(32 * 128 * 4), *lse = take(32 * 4), *sums = take(64 * 4);
+    void *gathered = take((uint64_t)chosen);
+    struct gpu_append_args append = {&w->g, w->space, w->refs, 0, w->tokens, w->k, w->v, 0, 0};
+    struct gpu_sign_args sign = {&w->g, w->space, scheme, 1, w->refs, 0, w->tokens};
+    struct gpu_weights_args weights = {&w->g, scheme, 1, 1, 0, w->q, w->weights, w->scales};
+    struct gpu_select_args select = {&w->g, w->space, w->policy, 1, &w->view, w->q, w->weights, w->scales, NULL};
+    struct gpu_dense_args dense = {.geom = &w->g,
+                                   .space = w->space,
+                                   .seqs = 1,
+                                   .views = &w->view,
+                                   .q = w->q,
+                                   .blocks = UINT32_MAX,
+                                   .start = true,
+                                   .finish = true,
+                                   .out = out,
+                                   .max = sums,
+                                   .sum = sums + 32,
+                                   .lse = lse};
+    TIMED("append", 2 * rows, gpu_append(gpu, &append));
+    TIMED("sign", rows / 2 + signatures, gpu_sign(gpu, &sign));
+    TIMED("weights", 32.0 * 128 * 3, gpu_weights(gpu, &weights));
+    TIMED("select", signatures, gpu_select(gpu, &select, &lists));
+    TIMED("gather", 2 * chosen, gpu_gather(gpu, &select, &lists, gathered));
+    TIMED("attend", chosen, gpu_attend_rows(gpu, &select, &lists, NULL, out, lse));
+    TIMED("dense", rows, gpu_dense(gpu, &dense));
+    free(lists.index), free(lists.count), free(out), free(lse), free(sums), free(gathered);
+    gpu_scheme_close(scheme);
+    gpu_close(gpu);
+}
+
+static void bench(uint32_t tokens)
+{
+    static const char *const isas[] = {"c", "avx2", "avx512"};
+    struct world w = bench_world(PKV_ALIGN_UP(PKV_MAX(tokens, 4096u), 64u));
+    double peak = plain_sum(w.k, (uint64_t)w.tokens * 8 * 128 * 2);
+    printf("%u tokens, 32 q / 8 kv heads x 128, f16, 128 bits, k 2048, one thread; plain sum %.1f GB/s\n", w.tokens, peak);
+    for (size_t i = 0; i < PKV_ARRAY_LEN(isas); i++)
+        bench_isa(isas[i], &w, peak);
+    world_free(&w);
+}
+
 int main(int argc, char **argv)
 {
+    if (argc > 1 && !strcmp(argv[1], "--bench")) {
+        bench(argc > 2 ? (uint32_t)strtoul(argv[2], NULL, 0) : 65536);
+        return 0;
+    }
     uint64_t seed = argc > 1 ? strtoull(argv[1], NULL, 0) : 1, cases = argc > 2 ? strtoull(argv[2], NULL, 0) : 60;
     check_refusals();
     for (uint64_t i = 0; i < cases; i++) {
