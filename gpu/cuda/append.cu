@@ -1,0 +1,215 @@
+/* Append and sign in one pass: a warp takes a token's row of one kv head, writes K and V side by side into the block, and signs
+ * the key while it holds it. Bits equal the host's: the same operations in the same order (scheme.cuh). */
+#include "gpu/cuda/device.cuh"
+#include "gpu/cuda/scheme.cuh"
+
+#define THREADS 256u
+#define WARPS   (THREADS / WARP)
+#define CHUNK   8u /* tokens that a thread block takes, so that a head's rows are written in runs */
+
+struct append_shared {
+    float raw[WARPS][PKV_HEAD_DIM_MAX]; /* a key as it came, or centred */
+    float values[WARPS][PKV_SIG_BITS_MAX];
+    uint32_t words[WARPS][PKV_SIG_WORDS_MAX];
+};
+
+/* Exponent bits all set, in any of the numbers of a piece. */
+template <typename T> static __device__ __forceinline__ bool not_finite(const uint4 &v);
+template <> __device__ __forceinline__ bool not_finite<float>(const uint4 &v)
+{
+    const uint32_t m = 0x7f800000u;
+    return (v.x & m) == m || (v.y & m) == m || (v.z & m) == m || (v.w & m) == m;
+}
+static __device__ __forceinline__ bool halves(const uint4 &v, uint32_t m)
+{
+    bool bad = false;
+    const uint32_t w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i++)
+        bad = bad || (w[i] & m) == m || (w[i] >> 16 & m) == m;
+    return bad;
+}
+template <> __device__ __forceinline__ bool not_finite<__half>(const uint4 &v)
+{
+    return halves(v, 0x7c00u);
+}
+template <> __device__ __forceinline__ bool not_finite<__nv_bfloat16>(const uint4 &v)
+{
+    return halves(v, 0x7f80u);
+}
+
+static __device__ void sign_rotated(const struct cuda_append &a, const float (&key)[LANE_DIMS], uint32_t lane, uint32_t *words)
+{
+    const struct pkv_geom &g = a.geom;
+    uint32_t per = g.head_dim / WARP, done = 0;
+    float norm = 1.0f / (g.head_dim == 96 ? 32.0f : (float)g.head_dim);
+    for (uint32_t b = 0; b < a.scheme.bases; b++) {
+        const float *signs = a.scheme.signs + 2ull * b * g.head_dim;
+        float x[LANE_DIMS];
+#pragma unroll
+        for (uint32_t j = 0; j < LANE_DIMS; j++)
+            x[j] = key[j];
+        rotate_round(x, signs, per, lane);
+        rotate_round(x, signs + g.head_dim, per, lane);
+#pragma unroll
+        for (uint32_t j = 0; j < LANE_DIMS; j++)
+            if (j < per && done < pkv_geom_words(&g)) {
+                uint32_t word = __ballot_sync(ALL_LANES, __fmul_rn(x[j], norm) > 0);
+                if (lane == 0)
+                    words[done] = word;
+                done++;
+            }
+    }
+}
+
+static __device__ void sign_mapped(const struct cuda_append &a, uint64_t at, const float *key, float *values, uint32_t *words,
+                                   uint32_t lane)
+{
+    const struct pkv_geom &g = a.geom;
+    const struct cuda_scheme &s = a.scheme;
+    bool code = s.kind == PKV_SCHEME_CODE;
+    uint32_t out = code ? s.dims : g.sig_bits;
+    for (uint32_t o = lane / 16; o < PKV_ALIGN_UP(out, 2u); o += 2) {
+        uint32_t row = min(o, out - 1);
+        float v = dot16(s.k_weight + (at * out + row) * g.head_dim, key, g.head_dim, lane % 16);
+        if (s.k_bias)
+            v = __fadd_rn(v, s.k_bias[at * out + row]);
+        if (lane % 16 == 0 && o < out)
+            values[o] = v;
+    }
+    __syncwarp();
+    if (!code) {
+        for (uint32_t w = 0; w < pkv_geom_words(&g); w++) {
+            uint32_t word = __ballot_sync(ALL_LANES, values[w * 32 + lane] > 0);
+            if (lane == 0)
+                words[w] = word;
+        }
+    } else if (lane == 0) {
+        for (uint32_t w = 0; w < pkv_geom_words(&g); w++)
+            words[w] = 0;
+        for (uint32_t i = 0, bit = 0; i < s.dims; i++) {
+            uint64_t dim = at * s.dims + i;
+            float most = (float)((1u << s.bits[dim]) - 1),
+                  level = floorf(__fdiv_rn(__fsub_rn(values[i], s.low[dim]), s.step[dim]));
+            uint32_t v = (uint32_t)fminf(fmaxf(level, 0.0f), most);
+            for (uint32_t p = 0; p < s.bits[dim]; p++, bit++)
+                words[bit / 32] |= (v >> p & 1) << bit % 32;
+        }
+    }
+    __syncwarp();
+}
+
+/* A row on its way: this lane's pieces of K, then V. */
+#define PIECES_MAX 4u /* f32 x 256: 2 KiB a row */
+struct row {
+    uint4 piece[PIECES_MAX];
+};
+
+template <typename T>
+static __device__ __forceinline__ void load_row(const struct cuda_append &a, uint32_t seq, uint32_t i, uint32_t head,
+                                                uint32_t lane, struct row &r)
+{
+    const struct pkv_geom &g = a.geom;
+    uint64_t from = (((uint64_t)seq * a.tokens + i) * g.kv_heads + head) * g.head_dim;
+    uint32_t pieces = (uint32_t)(pkv_geom_row_bytes(&g) / 16);
+    const uint4 *k = (const uint4 *)((const T *)a.k + from), *v = (const uint4 *)((const T *)a.v + from);
+#pragma unroll
+    for (uint32_t n = 0; n < PIECES_MAX; n++) {
+        uint32_t p = n * WARP + lane;
+        if (p < pieces)
+            r.piece[n] = __ldcs(p < pieces / 2 ? k + p : v + (p - pieces / 2));
+    }
+}
+
+template <typename T>
+static __device__ void append_row(const struct cuda_append &a, struct append_shared *m, const struct row &r, uint64_t token,
+                                  uint32_t head, const struct pkv_block_ref &ref)
+{
+    const struct pkv_geom &g = a.geom;
+    uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, in = (uint32_t)(token % PKV_BLOCK_TOKENS);
+    uint32_t pieces = (uint32_t)(pkv_geom_row_bytes(&g) / 16);
+    uint4 *row = (uint4 *)(place_address(a.base, ref.rows, pkv_geom_block_bytes(&g)) + pkv_geom_row_offset(&g, head, in));
+    bool bad = false;
+#pragma unroll
+    for (uint32_t n = 0; n < PIECES_MAX; n++) {
+        uint32_t p = n * WARP + lane;
+        if (p >= pieces)
+            continue;
+        bad = bad || not_finite<T>(r.piece[n]);
+        row[p] = r.piece[n];
+        if (p < pieces / 2)
+            ((uint4 *)m->raw[warp])[p] = r.piece[n];
+    }
+    if (bad && a.bad)
+        atomicOr(a.bad, 1u);
+    __syncwarp();
+    uint64_t at = (uint64_t)a.layer * g.kv_heads + head;
+    float key[LANE_DIMS];
+#pragma unroll
+    for (uint32_t j = 0; j < LANE_DIMS; j++) {
+        key[j] = j * WARP < g.head_dim ? to_float(((const T *)m->raw[warp])[j * WARP + lane]) : 0.0f;
+        if (a.scheme.mean && j * WARP < g.head_dim)
+            key[j] = __fsub_rn(key[j], a.scheme.mean[at * g.head_dim + j * WARP + lane]);
+    }
+    __syncwarp();
+    if (a.scheme.kind == PKV_SCHEME_SIGN) {
+        sign_rotated(a, key, lane, m->words[warp]);
+    } else {
+#pragma unroll
+        for (uint32_t j = 0; j < LANE_DIMS; j++)
+            if (j * WARP < g.head_dim)
+                m->raw[warp][j * WARP + lane] = key[j];
+        __syncwarp();
+        sign_mapped(a, at, m->raw[warp], m->values[warp], m->words[warp], lane);
+    }
+    __syncwarp();
+    uint32_t *signatures = (uint32_t *)place_address(a.base, ref.signatures, pkv_geom_sig_block_bytes(&g));
+    if (lane < pkv_geom_words(&g))
+        signatures[pkv_geom_sig_index(&g, head, in, lane)] = m->words[warp][lane];
+    __syncwarp();
+}
+
+template <typename T> __global__ void __launch_bounds__(THREADS) append_kernel(const __grid_constant__ struct cuda_append a)
+{
+    __shared__ __align__(16) struct append_shared m;
+    uint32_t first = blockIdx.x * CHUNK, last = min(first + CHUNK, a.tokens), lane = threadIdx.x % WARP;
+    wait_for_former();
+    struct cuda_seq seq = a.seqs[blockIdx.y];
+    for (uint32_t head = threadIdx.x / WARP; head < a.geom.kv_heads; head += WARPS) {
+        struct row now = {}, next = {};
+        load_row<T>(a, blockIdx.y, first, head, lane, now);
+        for (uint32_t i = first; i < last; i++) {
+            uint64_t token = seq.tokens - a.tokens + i;
+            if (i + 1 < last)
+                load_row<T>(a, blockIdx.y, i + 1, head, lane, next);
+            append_row<T>(a, &m, now, token, head, seq.blocks[token / PKV_BLOCK_TOKENS]);
+            now = next;
+        }
+    }
+}
+
+template <typename T> static int start(const struct cuda_append *a, void *stream)
+{
+    return launch(append_kernel<T>, dim3(PKV_DIV_UP(a->tokens, CHUNK), a->count), THREADS, 0, *a, stream);
+}
+
+extern "C" int cuda_append_preload(void)
+{
+    cudaFuncAttributes f;
+    return cudaFuncGetAttributes(&f, append_kernel<float>) == cudaSuccess &&
+                   cudaFuncGetAttributes(&f, append_kernel<__half>) == cudaSuccess &&
+                   cudaFuncGetAttributes(&f, append_kernel<__nv_bfloat16>) == cudaSuccess
+               ? 0
+               : -(int)PKV_ERR_UNSUPPORTED;
+}
+
+extern "C" int cuda_append_launch(const struct cuda_append *a, void *stream)
+{
+    if (a->scheme.kind == PKV_SCHEME_HASH)
+        return -(int)PKV_ERR_UNSUPPORTED;
+    if (!a->tokens || !a->count)
+        return -(int)PKV_ERR_SHAPE;
+    return a->geom.dtype == PKV_F32   ? start<float>(a, stream)
+           : a->geom.dtype == PKV_F16 ? start<__half>(a, stream)
+                                      : start<__nv_bfloat16>(a, stream);
+}

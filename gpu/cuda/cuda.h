@@ -1,0 +1,124 @@
+/* The CUDA backend's table of launchers, as a module that is opened at run time: one build serves machines with and without
+ * a GPU. Every launcher takes one struct and a stream, checks what it can check without the device, launches, and returns 0 or
+ * -enum pkv_err: no synchronisation, no allocation, no decision of the host that depends on lengths. Lengths and block tables
+ * are read on the device, so a captured graph replays with sequences that have grown since. Private to gpu; C and CUDA C++
+ * read it alike.
+ *
+ * All pointers are device-visible addresses, owned by the caller. */
+#ifndef GPU_CUDA_CUDA_H
+#define GPU_CUDA_CUDA_H
+
+#include "proto/table.h"
+#include "proto/wire.h"
+
+PKV_EXTERN_C_BEGIN
+
+/* One sequence in one layer. The stream (or the host between launches) writes the length. */
+struct cuda_seq {
+    const struct pkv_block_ref *blocks; /* [blocks of the longest length] */
+    uint64_t tokens;                    /* the queries' own tokens included */
+};
+
+/* A query token sees the first seqs[seq].tokens - back tokens of its sequence. */
+struct cuda_query {
+    uint32_t seq, back;
+};
+
+/* A signature scheme in device memory; arrays as in gpu/scheme.h. Unused ones are NULL. */
+struct cuda_scheme {
+    uint32_t kind; /* enum pkv_scheme; `hash` is not there yet */
+    uint32_t bases, dims;
+    uint32_t q_signs, q_own; /* q_own: the queries' map is per q head and its own, else the keys' map (linear) */
+    float unit;
+    const float *signs, *mean, *deviation;
+    const float *k_weight, *k_bias, *q_weight, *q_bias;
+    const float *low, *step;
+    const uint8_t *bits;
+};
+
+/* What a call writes on its way; sizes by cuda_work_bytes. Zeroed once, before the first call. */
+struct cuda_work {
+    int8_t *weights;   /* [queries][q_heads][sig_bits] */
+    uint32_t *planes;  /* [queries][q_heads][8][words]: bit p of each weight */
+    float *scales;     /* [queries][q_heads] */
+    float *biases;     /* [queries][q_heads] */
+    uint16_t *codes;   /* [lists][tokens_max, to a multiple of 64] */
+    uint32_t *counts;  /* [lists][parts][CUDA_COUNTS]: how many tokens of a part have at least this code */
+    uint32_t *index;   /* [lists][rows_max] ascending */
+    uint32_t *chosen;  /* [lists] entries in index */
+    uint16_t *scores;  /* [lists][rows_max] codes, 0 for sinks and recent */
+    float *partial;    /* [lists][head chunks][splits]: out [4][head_dim], max [4], sum [4] */
+    uint32_t *arrived; /* [lists][head chunks] splits that are done; zero between calls */
+};
+#define CUDA_COUNTS 2128u /* 2049 fine, 64 coarse, rest padding */
+
+struct cuda_policy {
+    uint32_t k, sinks, recent, rule, dense_below; /* as in gpu_policy */
+    float top_p;
+    float scale; /* of the softmax, resolved: never 0 */
+};
+
+struct cuda_attend {
+    struct pkv_geom geom;
+    struct cuda_policy policy;
+    struct cuda_scheme scheme;
+    struct cuda_work work;
+    const uint64_t *base[PKV_TIERS]; /* [PKV_CHUNKS_MAX] device-visible addresses of chunks; base[0] unused */
+    const struct cuda_seq *seqs;
+    const struct cuda_query *query; /* [queries] */
+    const void *q;                  /* [queries][q_heads][head_dim] in the model's dtype */
+    float *out;                     /* [queries][q_heads][head_dim] */
+    float *lse;                     /* [queries][q_heads]; may be NULL */
+    uint32_t layer, queries;
+    uint32_t tokens_max; /* no length exceeds it while this launch, or a graph that captured it, is used */
+    uint32_t parts;      /* thread blocks that share a list's scan; cuda_parts() */
+    uint32_t splits;     /* thread blocks that share a list's attention; cuda_splits() */
+};
+
+/* New tokens of several sequences: token i of sequence s becomes number seqs[s].tokens - tokens + i. */
+struct cuda_append {
+    struct pkv_geom geom;
+    struct cuda_scheme scheme;
+    const uint64_t *base[PKV_TIERS]; /* the pool's mappings are writable */
+    const struct cuda_seq *seqs;
+    const void *k, *v; /* [seqs][tokens][kv_heads][head_dim] */
+    uint32_t *bad;     /* becomes 1 if a number is NaN or infinite; what was written then does not count */
+    uint32_t layer, count, tokens;
+};
+
+/* Rows of the lists that select left in work, side by side: to [lists][rows_max][2][head_dim]. */
+struct cuda_gather {
+    const struct cuda_attend *attend;
+    void *to;
+};
+
+/* A list is one query token and kv head. Figures of a geometry and policy that size the work area and the grids. */
+static inline PKV_HD uint32_t cuda_rows_max(const struct cuda_policy *p)
+{
+    return p->sinks + p->recent + p->k;
+}
+static inline PKV_HD uint32_t cuda_head_chunks(const struct pkv_geom *g)
+{
+    return (pkv_geom_group(g) + 3u) / 4u;
+}
+
+typedef void *cuda_stream; /* CUstream */
+
+struct cuda_table {
+    uint32_t version;
+    /* 0 when the device of the current context can run the kernels; loads them all, so that none loads behind a wait. */
+    int (*preload)(void);
+    int (*query)(const struct cuda_attend *a, cuda_stream stream);  /* weights, scales, biases */
+    int (*scan)(const struct cuda_attend *a, cuda_stream stream);   /* codes and counts */
+    int (*pick)(const struct cuda_attend *a, cuda_stream stream);   /* index, chosen, scores */
+    int (*attend)(const struct cuda_attend *a, cuda_stream stream); /* out, lse over the lists, or over all where dense */
+    int (*gather)(const struct cuda_gather *g, cuda_stream stream);
+    int (*append)(const struct cuda_append *a, cuda_stream stream); /* rows, then signatures */
+};
+#define CUDA_TABLE_VERSION 1u
+
+const struct cuda_table *gpu_cuda_table(void);
+
+PKV_EXTERN_C_END
+
+#endif

@@ -1,0 +1,322 @@
+/* Queries into what the scan needs. One thread block is one list: a query token and kv head.
+ *   weights  the scheme's transform, one int8 per signature bit; the same IEEE operations in the same order as the host, so the
+ *            weights and scales agree bit for bit
+ *   planes   the weights' bits, for the 1-bit tensor cores
+ *   biases   minus the log-sum-exp of the exact scores over sinks and recent, plus the mean of exact minus estimated score over
+ *            the recent tokens; sums run in another order than the host's */
+#include "gpu/cuda/device.cuh"
+#include "gpu/cuda/scheme.cuh"
+
+#define THREADS 512u
+#define WARPS   (THREADS / WARP)
+
+struct query_shared {
+    float q[PKV_GROUP_MAX][PKV_HEAD_DIM_MAX];        /* as float, unscaled */
+    float real[PKV_GROUP_MAX][2 * PKV_SIG_BITS_MAX]; /* rotated channels, then real weights */
+    uint32_t planes[PKV_GROUP_MAX][8][PKV_SIG_WORDS_MAX];
+    float unit[PKV_GROUP_MAX], scale[PKV_GROUP_MAX];
+    float max[WARPS][PKV_GROUP_MAX], sum[WARPS][PKV_GROUP_MAX], shift[WARPS][PKV_GROUP_MAX];
+};
+
+/* ---- transforms; a warp works on one q head ---- */
+
+static __device__ void weigh_sign(const struct cuda_attend &a, struct query_shared *m, uint32_t head, uint32_t h, uint32_t lane)
+{
+    const struct pkv_geom &g = a.geom;
+    uint32_t per = g.head_dim / WARP;
+    float norm = 1.0f / (g.head_dim == 96 ? 32.0f : (float)g.head_dim);
+    for (uint32_t b = 0; b < a.scheme.bases; b++) {
+        float x[LANE_DIMS] = {};
+        const float *signs = a.scheme.signs + 2ull * b * g.head_dim;
+#pragma unroll
+        for (uint32_t j = 0; j < LANE_DIMS; j++)
+            if (j < per)
+                x[j] = m->q[h][j * WARP + lane];
+        rotate_round(x, signs, per, lane);
+        rotate_round(x, signs + g.head_dim, per, lane);
+#pragma unroll
+        for (uint32_t j = 0; j < LANE_DIMS; j++)
+            if (j < per)
+                m->real[h][b * g.head_dim + j * WARP + lane] = __fmul_rn(x[j], norm);
+    }
+    __syncwarp();
+    const float *deviation = a.scheme.deviation + ((uint64_t)a.layer * g.kv_heads + head) * g.sig_bits;
+    for (uint32_t b = lane; b < g.sig_bits; b += WARP)
+        m->real[h][b] = __fmul_rn(m->real[h][b], deviation[b]);
+    float partial = g.sig_bits < g.head_dim ? (float)g.head_dim / (float)g.sig_bits : 1.0f;
+    if (lane == 0)
+        m->unit[h] =
+            __fdiv_rn(__fmul_rn(__fmul_rn(__fmul_rn(2.0f, a.policy.scale), LOG2E), __fsqrt_rn(partial)), (float)a.scheme.bases);
+}
+
+/* `linear` and `code`: a map of the query, then its values or signs, spread over the bits. */
+static __device__ void weigh_mapped(const struct cuda_attend &a, struct query_shared *m, uint32_t head, uint32_t h,
+                                    uint32_t lane)
+{
+    const struct pkv_geom &g = a.geom;
+    const struct cuda_scheme &s = a.scheme;
+    bool code = s.kind == PKV_SCHEME_CODE;
+    uint64_t at = (uint64_t)a.layer * g.kv_heads + head, own = (uint64_t)a.layer * g.q_heads + head * pkv_geom_group(&g) + h;
+    const float *weight = code || s.q_own ? s.q_weight : s.k_weight, *bias = code || s.q_own ? s.q_bias : s.k_bias;
+    uint64_t map = !code && s.q_own ? own : at;
+    uint32_t out = code ? s.dims : g.sig_bits;
+    float *values = m->real[h] + PKV_SIG_BITS_MAX;
+    for (uint32_t o = lane / 16; o < PKV_ALIGN_UP(out, 2u); o += 2) {
+        uint32_t row = o < out ? o : out - 1;
+        float v = dot16(weight + (map * out + row) * g.head_dim, m->q[h], g.head_dim, lane % 16);
+        if (bias)
+            v = __fadd_rn(v, bias[map * out + row]);
+        if (lane % 16 == 0 && o < out)
+            values[o] = v;
+    }
+    __syncwarp();
+    if (!code) {
+        for (uint32_t b = lane; b < g.sig_bits; b += WARP)
+            m->real[h][b] = s.q_signs ? (values[b] > 0 ? 1.0f : -1.0f) : values[b];
+    } else if (lane == 0) {
+        for (uint32_t i = 0, bit = 0; i < s.dims; i++) {
+            uint64_t dim = at * s.dims + i;
+            for (uint32_t p = 0; p < s.bits[dim]; p++)
+                m->real[h][bit++] = __fmul_rn(__fmul_rn(values[i], s.step[dim]), (float)(1u << p));
+        }
+    }
+    if (lane == 0)
+        m->unit[h] = code        ? __fmul_rn(__fmul_rn(s.unit, a.policy.scale), LOG2E)
+                     : s.q_signs ? s.unit
+                                 : __fmul_rn(s.unit, __fmul_rn(__fmul_rn(2.0f, a.policy.scale), LOG2E));
+}
+
+static __device__ void quantize(const struct cuda_attend &a, struct query_shared *m, uint64_t q_head, uint32_t h, uint32_t lane)
+{
+    uint32_t bits = a.geom.sig_bits, words = bits / 32;
+    float most = 0;
+    for (uint32_t b = lane; b < bits; b += WARP)
+        most = fmaxf(most, fabsf(m->real[h][b]));
+    for (uint32_t s = 16; s; s /= 2)
+        most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, s));
+    most = isfinite(most) ? most : 0.0f;
+    float step = a.scheme.q_signs ? 1.0f : most > 0 ? __fdiv_rn(127.0f, most) : 0.0f;
+    float scale = step > 0 ? __fdiv_rn(m->unit[h], step) : 0.0f;
+    for (uint32_t w = 0; w < words; w++) {
+        int weight = step > 0 ? __float2int_rn(__fmul_rn(m->real[h][w * 32 + lane], step)) : 0;
+        a.work.weights[(q_head + h) * bits + w * 32 + lane] = (int8_t)weight;
+#pragma unroll
+        for (uint32_t p = 0; p < 8; p++) {
+            uint32_t plane = __ballot_sync(ALL_LANES, weight >> p & 1);
+            if (lane == 0) {
+                m->planes[h][p][w] = plane;
+                a.work.planes[((q_head + h) * 8 + p) * words + w] = plane;
+            }
+        }
+    }
+    if (lane == 0) {
+        m->scale[h] = scale;
+        a.work.scales[q_head + h] = scale;
+    }
+}
+
+/* ---- biases: tiles of rows; exact scores by groups of 16 lanes, estimates by one thread each ---- */
+
+#define TILE 256u
+
+struct bias_tile {
+    uint64_t row[TILE], signature[TILE];
+    float exact[PKV_GROUP_MAX][TILE];
+};
+
+/* Row i of the sinks and recent tokens, 0 <= i < first + visible - last. */
+static __device__ void tile_addresses(const struct cuda_attend &a, struct bias_tile *t, uint32_t head, const struct span &span,
+                                      const struct pkv_block_ref *blocks, uint32_t begin, uint32_t rows)
+{
+    const struct pkv_geom &g = a.geom;
+    for (uint32_t i = threadIdx.x; i < rows; i += THREADS) {
+        uint32_t n = begin + i, token = n < span.first ? n : span.last + (n - span.first), in = token % PKV_BLOCK_TOKENS;
+        struct pkv_block_ref ref = blocks[token / PKV_BLOCK_TOKENS];
+        t->row[i] = (uint64_t)place_address(a.base, ref.rows, pkv_geom_block_bytes(&g)) + pkv_geom_row_offset(&g, head, in);
+        t->signature[i] = (uint64_t)place_address(a.base, ref.signatures, pkv_geom_sig_block_bytes(&g)) +
+                          4ull * pkv_geom_sig_index(&g, head, in, 0);
+    }
+}
+
+/* Exact scores of four heads, in units of log2. */
+template <typename T>
+static __device__ void tile_exact(const struct cuda_attend &a, const struct query_shared *m, struct bias_tile *t, uint32_t rows,
+                                  uint32_t first_warp)
+{
+    const struct pkv_geom &g = a.geom;
+    uint32_t group = pkv_geom_group(&g), lane = threadIdx.x % 16, stride = (THREADS - first_warp * WARP) / 16;
+    if (threadIdx.x / WARP < first_warp)
+        return;
+    for (uint32_t i = (threadIdx.x - first_warp * WARP) / 16; i < PKV_ALIGN_UP(rows, 2u); i += stride) {
+        const T *key = (const T *)t->row[min(i, rows - 1)];
+        float k[PKV_HEAD_DIM_MAX / 16];
+#pragma unroll
+        for (uint32_t j = 0; j < PKV_HEAD_DIM_MAX / 16; j += 2)
+            if (j * 16 < g.head_dim) {
+                k[j] = to_float(key[j * 16 + 2 * lane]);
+                k[j + 1] = to_float(key[j * 16 + 2 * lane + 1]);
+            }
+        for (uint32_t h = 0; h < group; h++) {
+            float dot = 0;
+#pragma unroll
+            for (uint32_t j = 0; j < PKV_HEAD_DIM_MAX / 16; j += 2)
+                if (j * 16 < g.head_dim) {
+                    dot = fmaf(k[j], m->q[h][j * 16 + 2 * lane], dot);
+                    dot = fmaf(k[j + 1], m->q[h][j * 16 + 2 * lane + 1], dot);
+                }
+#pragma unroll
+            for (uint32_t s = 8; s; s /= 2)
+                dot += __shfl_xor_sync(ALL_LANES, dot, s);
+            if (lane == 0 && i < rows)
+                t->exact[h][i] = dot * (a.policy.scale * LOG2E);
+        }
+    }
+}
+
+/* Sum of the weights of a signature's set bits. */
+static __device__ __forceinline__ int estimate(const struct query_shared *m, const uint32_t *signature, uint32_t words,
+                                               uint32_t h)
+{
+    int sum = 0;
+    for (uint32_t w = 0; w < words; w++) {
+        uint32_t bits = signature[w * 4];
+#pragma unroll
+        for (uint32_t p = 0; p < 8; p++) {
+            int n = __popc(bits & m->planes[h][p][w]) << p;
+            sum += p == 7 ? -n : n;
+        }
+    }
+    return sum;
+}
+
+/* One head's share: running maximum, sum and shift of a warp's lanes. */
+struct reference {
+    float max, sum, shift;
+};
+
+static __device__ __forceinline__ void join(struct reference &r, float max, float sum, float shift)
+{
+    float most = fmaxf(r.max, max);
+    r.sum = r.sum * exp2f(r.max - most) + sum * exp2f(max - most);
+    r.max = most, r.shift += shift;
+}
+
+template <typename T>
+static __device__ void write_biases(const struct cuda_attend &a, struct query_shared *m, struct bias_tile *t, uint32_t head,
+                                    uint64_t q_head, const struct span &span)
+{
+    uint32_t recent = span.visible - span.last, total = span.first + recent, fitted = recent ? recent : span.first;
+    uint32_t group = pkv_geom_group(&a.geom), words = pkv_geom_words(&a.geom), warp = threadIdx.x / WARP,
+             lane = threadIdx.x % WARP;
+    for (uint32_t begin = 0; begin < total; begin += TILE) {
+        uint32_t rows = min(TILE, total - begin);
+        if (begin) { /* the first tile's were worked out while the weights were */
+            __syncthreads();
+            tile_addresses(a, t, head, span, blocks_of(a, blockIdx.x / a.geom.kv_heads), begin, rows);
+            __syncthreads();
+            tile_exact<T>(a, m, t, rows, 0);
+        }
+        __syncthreads();
+        /* A warp takes 32 rows of a head at a time. */
+        uint32_t strips = PKV_DIV_UP(rows, WARP);
+        for (uint32_t x = warp; x < strips * group; x += WARPS) {
+            uint32_t h = x / strips, i = x % strips * WARP + lane;
+            bool there = i < rows, fit = there && (begin + i >= span.first || !recent);
+            float exact = there ? t->exact[h][i] : NOTHING, shift = 0;
+            if (fit)
+                shift = exact - (float)estimate(m, (const uint32_t *)t->signature[i], words, h) * m->scale[h];
+            float most = exact;
+            for (uint32_t s = 16; s; s /= 2)
+                most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, s));
+            float sum = there ? exp2f(exact - most) : 0.0f;
+            for (uint32_t s = 16; s; s /= 2) {
+                sum += __shfl_xor_sync(ALL_LANES, sum, s);
+                shift += __shfl_xor_sync(ALL_LANES, shift, s);
+            }
+            if (lane == 0) {
+                struct reference r = {m->max[warp][h], m->sum[warp][h], m->shift[warp][h]};
+                join(r, most, sum, shift);
+                m->max[warp][h] = r.max, m->sum[warp][h] = r.sum, m->shift[warp][h] = r.shift;
+            }
+            __syncwarp();
+        }
+    }
+    __syncthreads();
+    uint32_t h = threadIdx.x;
+    if (h >= group)
+        return;
+    struct reference r = {NOTHING, 0, 0};
+    for (uint32_t w = 0; w < WARPS; w++)
+        join(r, m->max[w][h], m->sum[w][h], m->shift[w][h]);
+    float bias = fitted ? r.shift / (float)fitted - (r.max + log2f(r.sum)) : 0.0f;
+    a.work.biases[q_head + h] = isfinite(bias) ? bias : 0.0f;
+}
+
+template <typename T> __global__ void __launch_bounds__(THREADS) query_kernel(const __grid_constant__ struct cuda_attend a)
+{
+    extern __shared__ __align__(16) unsigned char shared[];
+    struct query_shared *m = (struct query_shared *)shared;
+    struct bias_tile *t = (struct bias_tile *)(m + 1);
+    const struct pkv_geom &g = a.geom;
+    uint32_t query = blockIdx.x / g.kv_heads, head = blockIdx.x % g.kv_heads, group = pkv_geom_group(&g);
+    uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    uint64_t q_head = (uint64_t)query * g.q_heads + head * group;
+    wait_for_former();
+    struct span span = span_of(a, query);
+    if (span.dense)
+        return;
+    bool softmax = a.policy.rule == PKV_RULE_SOFTMAX;
+    uint32_t rows = min(TILE, span.first + span.visible - span.last), busy = min(group, WARPS / 2);
+    const T *q = (const T *)a.q + q_head * g.head_dim;
+    for (uint32_t i = threadIdx.x; i < group * g.head_dim; i += THREADS)
+        m->q[i / g.head_dim][i % g.head_dim] = to_float(q[i]);
+    for (uint32_t i = threadIdx.x; i < WARPS * PKV_GROUP_MAX; i += THREADS)
+        m->max[0][i] = NOTHING, m->sum[0][i] = 0, m->shift[0][i] = 0;
+    if (softmax)
+        tile_addresses(a, t, head, span, blocks_of(a, query), 0, rows);
+    __syncthreads();
+    /* Some warps weigh while the others look at the rows. */
+    for (uint32_t h = warp; h < group && warp < busy; h += busy) {
+        if (a.scheme.kind == PKV_SCHEME_SIGN)
+            weigh_sign(a, m, head, h, lane);
+        else
+            weigh_mapped(a, m, head, h, lane);
+        __syncwarp();
+        quantize(a, m, q_head, h, lane);
+    }
+    if (!softmax)
+        return;
+    if (rows)
+        tile_exact<T>(a, m, t, rows, busy);
+    write_biases<T>(a, m, t, head, q_head, span);
+}
+
+#define SHARED (sizeof(struct query_shared) + sizeof(struct bias_tile))
+
+template <typename T> static int start(const struct cuda_attend *a, void *stream)
+{
+    return launch(query_kernel<T>, dim3(a->queries * a->geom.kv_heads), THREADS, SHARED, *a, stream);
+}
+
+template <typename T> static int preload(void)
+{
+    return cudaFuncSetAttribute(query_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED) == cudaSuccess
+               ? 0
+               : -(int)PKV_ERR_UNSUPPORTED;
+}
+
+extern "C" int cuda_query_preload(void)
+{
+    int r = preload<float>();
+    r = r ? r : preload<__half>();
+    return r ? r : preload<__nv_bfloat16>();
+}
+
+extern "C" int cuda_query_launch(const struct cuda_attend *a, void *stream)
+{
+    if (a->scheme.kind == PKV_SCHEME_HASH)
+        return -(int)PKV_ERR_UNSUPPORTED;
+    return a->geom.dtype == PKV_F32   ? start<float>(a, stream)
+           : a->geom.dtype == PKV_F16 ? start<__half>(a, stream)
+                                      : start<__nv_bfloat16>(a, stream);
+}

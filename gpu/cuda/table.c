@@ -1,0 +1,27 @@
+/* The module's one symbol. */
+#include "gpu/cuda/launch.h"
+
+static int preload(void)
+{
+    int (*const all[])(void) = {cuda_query_preload, cuda_scan_preload, cuda_pick_preload, cuda_attend_preload,
+                                cuda_append_preload};
+    int r = 0;
+    for (size_t i = 0; i < PKV_ARRAY_LEN(all) && !r; i++)
+        r = all[i]();
+    return r;
+}
+
+const struct cuda_table *gpu_cuda_table(void)
+{
+    static const struct cuda_table table = {
+        .version = CUDA_TABLE_VERSION,
+        .preload = preload,
+        .query = cuda_query_launch,
+        .scan = cuda_scan_launch,
+        .pick = cuda_pick_launch,
+        .attend = cuda_attend_launch,
+        .gather = cuda_gather_launch,
+        .append = cuda_append_launch,
+    };
+    return &table;
+}

@@ -1,0 +1,291 @@
+/* The CUDA kernels on a Llama-3.1-8B layer (32 q / 8 kv heads x 128, bf16): whole calls in a replayed graph that rotates over
+ * layers, medians of 31 replays, beside the read peak of the same run. Prints JSON lines:
+ *   {"name", "tokens", "batch", "bits", "us", "gb_s", "peak_gb_s"}
+ * usage: bench_cuda [LARGEST TOKENS]   (default 1048576) */
+#include "tests/kernels/device.h"
+#include "tests/kernels/peak.h"
+
+#include <string.h>
+
+#define REPLAYS    31
+#define CHUNK      65536u /* tokens of one append */
+#define CHUNK_SLOT (1ull << 30)
+
+static const struct cuda_table *table;
+static double peak;
+
+struct layer {
+    struct cuda_attend a;
+    struct pkv_block_ref *refs;
+    struct cuda_seq *seqs;
+};
+
+struct bench {
+    struct pkv_geom geom;
+    uint32_t tokens, batch, layers, processors;
+    char *pool, *signatures;
+    uint64_t *bases;
+    void *scheme_memory, *work, *k, *v, *q;
+    struct cuda_query *queries;
+    struct cuda_scheme scheme;
+    struct layer layer[64];
+    cudaStream_t stream;
+};
+
+static int by_size(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+typedef void work(struct bench *b, uint32_t layer);
+
+/* Microseconds of one layer's share. */
+static double timed(struct bench *b, work *launch)
+{
+    cudaGraph_t graph;
+    cudaGraphExec_t replay;
+    cudaEvent_t from, to;
+    double us[REPLAYS];
+    CUDA(cudaEventCreate(&from));
+    CUDA(cudaEventCreate(&to));
+    CUDA(cudaStreamBeginCapture(b->stream, cudaStreamCaptureModeThreadLocal));
+    uint32_t rounds = b->layers < 8 ? 8 / b->layers : 1;
+    for (uint32_t r = 0; r < rounds; r++)
+        for (uint32_t l = 0; l < b->layers; l++)
+            launch(b, l);
+    CUDA(cudaStreamEndCapture(b->stream, &graph));
+    CUDA(cudaGraphInstantiate(&replay, graph, 0));
+    for (int i = -3; i < REPLAYS; i++) {
+        float ms;
+        CUDA(cudaEventRecord(from, b->stream));
+        CUDA(cudaGraphLaunch(replay, b->stream));
+        CUDA(cudaEventRecord(to, b->stream));
+        CUDA(cudaStreamSynchronize(b->stream));
+        CUDA(cudaEventElapsedTime(&ms, from, to));
+        us[i < 0 ? 0 : i] = ms * 1e3 / (b->layers * rounds);
+    }
+    CUDA(cudaGraphExecDestroy(replay));
+    CUDA(cudaGraphDestroy(graph));
+    qsort(us, REPLAYS, sizeof(*us), by_size);
+    return us[REPLAYS / 2];
+}
+
+static void report(const struct bench *b, const char *name, double us, double bytes)
+{
+    printf(
+        "{\"name\": \"%s\", \"tokens\": %u, \"batch\": %u, \"bits\": %u, \"us\": %.2f, \"gb_s\": %.0f, \"peak_gb_s\": %.0f}\n",
+        name, b->tokens, b->batch, b->geom.sig_bits, us, bytes / us * 1e-3, peak);
+    fflush(stdout);
+}
+
+static void run_query(struct bench *b, uint32_t l)
+{
+    MUST(table->query(&b->layer[l].a, b->stream) == 0);
+}
+static void run_scan(struct bench *b, uint32_t l)
+{
+    MUST(table->scan(&b->layer[l].a, b->stream) == 0);
+}
+static void run_pick(struct bench *b, uint32_t l)
+{
+    MUST(table->pick(&b->layer[l].a, b->stream) == 0);
+}
+static void run_attend(struct bench *b, uint32_t l)
+{
+    MUST(table->attend(&b->layer[l].a, b->stream) == 0);
+}
+static void run_all(struct bench *b, uint32_t l)
+{
+    run_query(b, l), run_scan(b, l), run_pick(b, l), run_attend(b, l);
+}
+static void run_read(struct bench *b, uint32_t l)
+{
+    (void)l;
+    MUST(peak_read(b->pool, 1ull << 30, b->work, b->stream) == 0);
+}
+static void run_append(struct bench *b, uint32_t l)
+{
+    struct cuda_append append = {.geom = b->geom,
+                                 .scheme = b->scheme,
+                                 .base = {NULL, b->bases, b->bases},
+                                 .seqs = b->layer[l].seqs,
+                                 .k = b->k,
+                                 .v = b->v,
+                                 .count = b->batch,
+                                 .tokens = b->batch > 1 ? 1 : PKV_MIN(b->tokens, CHUNK)};
+    MUST(table->append(&append, b->stream) == 0);
+}
+
+/* Random bf16 of about unit size. */
+static void *random_numbers(uint64_t count)
+{
+    uint16_t *host = take(count * 2);
+    for (uint64_t i = 0; i < count; i++)
+        put(host, PKV_BF16, i, gaussian());
+    void *p = device_copy(host, count * 2);
+    free(host);
+    return p;
+}
+
+static void layer_open(struct bench *b, uint32_t l)
+{
+    struct layer *y = &b->layer[l];
+    uint32_t blocks = pkv_tokens_blocks(b->tokens);
+    struct pkv_block_ref *refs = take((uint64_t)b->batch * blocks * sizeof(*refs));
+    struct cuda_seq *seqs = take(b->batch * sizeof(*seqs));
+    uint64_t rows_slots = CHUNK_SLOT / pkv_geom_block_bytes(&b->geom),
+             sig_slots = CHUNK_SLOT / pkv_geom_sig_block_bytes(&b->geom);
+    for (uint64_t i = 0; i < (uint64_t)b->batch * blocks; i++) {
+        uint64_t n = (uint64_t)l * b->batch * blocks + i;
+        refs[i].rows = pkv_place(PKV_TIER_POOL, (uint32_t)(n / rows_slots), (uint32_t)(n % rows_slots), 1);
+        refs[i].signatures = pkv_place(PKV_TIER_POOL, 1024 + (uint32_t)(n / sig_slots), (uint32_t)(n % sig_slots), 1);
+    }
+    y->refs = device_copy(refs, (uint64_t)b->batch * blocks * sizeof(*refs));
+    for (uint32_t s = 0; s < b->batch; s++)
+        seqs[s] = (struct cuda_seq){y->refs + (uint64_t)s * blocks, b->tokens};
+    y->seqs = device_copy(seqs, b->batch * sizeof(*seqs));
+    y->a = (struct cuda_attend){.geom = b->geom,
+                                .policy = {.k = 2048, .sinks = 128, .recent = 128, .scale = 0.0883883476f},
+                                .scheme = b->scheme,
+                                .base = {NULL, b->bases, b->bases},
+                                .seqs = y->seqs,
+                                .query = b->queries,
+                                .q = b->q,
+                                .queries = b->batch,
+                                .tokens_max = b->tokens};
+    y->a.parts = cuda_parts(b->batch * 8, b->tokens, b->processors);
+    y->a.splits = cuda_splits(b->batch * 8, b->processors);
+    free(refs), free(seqs);
+}
+
+/* Every layer's blocks filled by appends, each at another offset of the random numbers. */
+static void layer_fill(struct bench *b, uint32_t l)
+{
+    uint32_t blocks = pkv_tokens_blocks(b->tokens);
+    struct cuda_seq *one = device_take(sizeof(*one));
+    for (uint32_t s = 0; s < b->batch; s++)
+        for (uint32_t done = 0, n; done < b->tokens; done += n) {
+            n = PKV_MIN(CHUNK, b->tokens - done);
+            struct cuda_seq seq = {b->layer[l].refs + (uint64_t)s * blocks, done + n};
+            uint64_t shift = below(512) * 1024ull * 2;
+            struct cuda_append append = {.geom = b->geom,
+                                         .scheme = b->scheme,
+                                         .base = {NULL, b->bases, b->bases},
+                                         .seqs = one,
+                                         .k = (char *)b->k + shift,
+                                         .v = (char *)b->v + shift,
+                                         .count = 1,
+                                         .tokens = n};
+            CUDA(cudaMemcpy(one, &seq, sizeof(seq), cudaMemcpyHostToDevice));
+            MUST(table->append(&append, b->stream) == 0);
+            CUDA(cudaStreamSynchronize(b->stream));
+        }
+    CUDA(cudaFree(one));
+}
+
+static void bench_open(struct bench *b, uint32_t tokens, uint32_t batch, uint32_t bits)
+{
+    *b = (struct bench){.geom = {1, 32, 8, 128, PKV_BF16, (uint16_t)bits, 0}, .tokens = tokens, .batch = batch};
+    struct gpu_scheme *scheme;
+    uint8_t digest[PKV_DIGEST_BYTES];
+    uint64_t blocks = (uint64_t)batch * pkv_tokens_blocks(tokens), rows = blocks * pkv_geom_block_bytes(&b->geom);
+    uint64_t signatures = blocks * pkv_geom_sig_block_bytes(&b->geom), *bases = calloc(PKV_CHUNKS_MAX, 8);
+    MUST(bases);
+    b->processors = device_processors();
+    /* Enough layers that no replay finds its input in the cache. */
+    b->layers = (uint32_t)PKV_MIN(PKV_MAX((256ull << 20) / signatures, 1ull), PKV_MAX((24ull << 30) / rows, 1ull));
+    b->layers = PKV_MIN(b->layers, 32u);
+    rows = PKV_ALIGN_UP(rows * b->layers, CHUNK_SLOT), signatures = PKV_ALIGN_UP(signatures * b->layers, CHUNK_SLOT);
+    b->pool = device_take(rows), b->signatures = device_take(signatures);
+    for (uint64_t i = 0; i < rows / CHUNK_SLOT; i++)
+        bases[i] = (uintptr_t)b->pool + i * CHUNK_SLOT;
+    for (uint64_t i = 0; i < signatures / CHUNK_SLOT; i++)
+        bases[1024 + i] = (uintptr_t)b->signatures + i * CHUNK_SLOT;
+    b->bases = device_copy(bases, PKV_CHUNKS_MAX * 8);
+    free(bases);
+    MUST(gpu_scheme_open(PKV_SCHEME_SIGN, &b->geom, NULL, &scheme, digest) == 0);
+    MUST(cuda_scheme_upload(scheme, &b->scheme, &b->scheme_memory) == 0);
+    gpu_scheme_close(scheme);
+    static void *k, *v;
+    k = k ? k : random_numbers((CHUNK + 512ull) * 1024), v = v ? v : random_numbers((CHUNK + 512ull) * 1024);
+    b->k = k, b->v = v, b->q = random_numbers((uint64_t)batch * 32 * 128);
+    CUDA(cudaStreamCreateWithFlags(&b->stream, cudaStreamNonBlocking));
+    struct cuda_query *queries = take(batch * sizeof(*queries));
+    for (uint32_t s = 0; s < batch; s++)
+        queries[s] = (struct cuda_query){s, 0};
+    b->queries = device_copy(queries, batch * sizeof(*queries));
+    free(queries);
+    for (uint32_t l = 0; l < b->layers; l++)
+        layer_open(b, l);
+    uint64_t bytes = cuda_work_bytes(&b->layer[0].a);
+    b->work = device_take(bytes);
+    CUDA(cudaMemset(b->work, 0, bytes));
+    float *out = device_take((uint64_t)batch * 32 * 128 * 4), *lse = device_take((uint64_t)batch * 32 * 4);
+    for (uint32_t l = 0; l < b->layers; l++) {
+        cuda_work_bind(&b->layer[l].a, b->work);
+        b->layer[l].a.out = out, b->layer[l].a.lse = lse;
+        layer_fill(b, l);
+    }
+}
+
+static void bench_close(struct bench *b)
+{
+    for (uint32_t l = 0; l < b->layers; l++) {
+        CUDA(cudaFree(b->layer[l].refs));
+        CUDA(cudaFree(b->layer[l].seqs));
+    }
+    void *all[] = {b->pool, b->signatures, b->bases, b->work, b->q, b->queries, b->layer[0].a.out, b->layer[0].a.lse};
+    for (size_t i = 0; i < PKV_ARRAY_LEN(all); i++)
+        CUDA(cudaFree(all[i]));
+    cuda_scheme_free(b->scheme_memory);
+    CUDA(cudaStreamDestroy(b->stream));
+}
+
+static void bench_dense(struct bench *b)
+{
+    for (uint32_t l = 0; l < b->layers; l++)
+        b->layer[l].a.policy.dense_below = UINT32_MAX;
+    report(b, "dense", timed(b, run_all), (double)b->batch * b->tokens * 8 * 512);
+}
+
+static void bench_shape(uint32_t tokens, uint32_t batch, uint32_t bits)
+{
+    static struct bench b;
+    bench_open(&b, tokens, batch, bits);
+    double signatures = (double)batch * tokens * 8 * bits / 8, chosen = (double)batch * 8 * 2304 * 512;
+    if (b.tokens >= 262144 && !peak) {
+        double us = timed(&b, run_read);
+        peak = (double)(1ull << 30) / us * 1e-3;
+        report(&b, "read 1 GiB", us, (double)(1ull << 30));
+    }
+    report(&b, "call", timed(&b, run_all), signatures + chosen);
+    report(&b, "query", timed(&b, run_query), (double)batch * 8 * 256 * (256 + bits / 8));
+    report(&b, "scan", timed(&b, run_scan), signatures);
+    report(&b, "pick", timed(&b, run_pick), signatures / 8);
+    report(&b, "attend", timed(&b, run_attend), chosen);
+    double moved = (double)PKV_MIN(tokens, CHUNK) * 8 * (1024 + bits / 8);
+    report(&b, batch > 1 ? "append 1 token each" : "append", timed(&b, run_append),
+           batch > 1 ? (double)batch * 8 * 1024 : moved);
+    if (tokens <= 32768)
+        bench_dense(&b);
+    bench_close(&b);
+}
+
+int main(int argc, char **argv)
+{
+    uint32_t largest = argc > 1 ? (uint32_t)strtoul(argv[1], NULL, 0) : 1048576;
+    device_or_skip();
+    table = gpu_cuda_table();
+    MUST(table->preload() == 0);
+    state = 7;
+    const uint32_t lengths[] = {1048576, 524288, 262144, 131072, 32768, 16384, 8192};
+    for (size_t i = 0; i < PKV_ARRAY_LEN(lengths); i++)
+        if (lengths[i] <= largest)
+            bench_shape(lengths[i], 1, 128);
+    for (size_t i = 0; i < 4; i++)
+        if (lengths[i] <= largest)
+            bench_shape(lengths[i], 1, 64);
+    bench_shape(32768, 64, 128);
+    return 0;
+}

@@ -1,0 +1,441 @@
+/* The CUDA kernels against the host backend and against definitions, over random shapes with ragged tails:
+ *   append, sign     rows and signatures equal the host's bit for bit
+ *   query            weights and scales likewise
+ *   scan             codes equal gpu/code.h's but for one step, where the exponential's rounding decides
+ *   pick             exactly the k best of the device's own codes, ties to the lower index
+ *   attend, gather   exact attention in double precision over the device's list; rows byte for byte
+ *   graph            a captured call, replayed while its sequences grow over block borders, equals a fresh call
+ * usage: check_cuda [SEED [CASES]] */
+#include "tests/kernels/device.h"
+#include "tests/lib/tensors.h"
+#include "tests/lib/text.h"
+
+#include <inttypes.h>
+#include <string.h>
+#include <unistd.h>
+
+static const struct cuda_table *table;
+
+struct on_device {
+    char *pool, *arena, *signatures;
+    uint64_t *bases;
+    struct pkv_block_ref *refs;
+    struct cuda_seq *seqs;
+    struct cuda_query *queries;
+    void *q, *work, *scheme_memory;
+    struct cuda_attend a;
+};
+
+/* ---- schemes ---- */
+
+static struct gpu_scheme *scheme_of_kind(const struct world *w, uint32_t kind)
+{
+    const struct pkv_geom *g = &w->g;
+    struct gpu_scheme *s;
+    uint8_t digest[PKV_DIGEST_BYTES];
+    if (kind == PKV_SCHEME_SIGN) {
+        MUST(gpu_scheme_open(kind, g, NULL, &s, digest) == 0);
+        return s;
+    }
+    uint64_t heads = (uint64_t)g->layers * g->kv_heads, q_heads = (uint64_t)g->layers * g->q_heads, out = g->sig_bits;
+    bool code = kind == PKV_SCHEME_CODE, own = !code && below(2);
+    if (code)
+        out = PKV_MIN((uint64_t)g->head_dim, (uint64_t)g->sig_bits);
+    float *k = test_floats(below(1000), heads * out * g->head_dim), *q = test_floats(below(1000), q_heads * out * g->head_dim);
+    float *mean = test_floats(3, heads * g->head_dim), *low = test_floats(4, heads * out), *bits = take(heads * out * 4);
+    float *step = take(heads * out * 4);
+    for (uint64_t i = 0; i < heads * out; i++) {
+        uint64_t each = g->sig_bits / out, more = g->sig_bits % out;
+        bits[i] = (float)(each + (i % out < more)), step[i] = 1.5f + 0.01f * (float)(i % 7);
+    }
+    struct test_tensor tensors[7] = {{"k.weight", 4, {g->layers, g->kv_heads, out, g->head_dim}, k},
+                                     {"k.mean", 3, {g->layers, g->kv_heads, g->head_dim}, mean}};
+    uint32_t count = 2;
+    if (code || own)
+        tensors[count++] =
+            (struct test_tensor){"q.weight", 4, {g->layers, code ? g->kv_heads : g->q_heads, out, g->head_dim}, q};
+    if (code) {
+        tensors[count++] = (struct test_tensor){"k.low", 3, {g->layers, g->kv_heads, out}, low};
+        tensors[count++] = (struct test_tensor){"k.step", 3, {g->layers, g->kv_heads, out}, step};
+        tensors[count++] = (struct test_tensor){"k.bits", 3, {g->layers, g->kv_heads, out}, bits};
+    }
+    char *path = test_tensors(NULL, tensors, count);
+    MUST(gpu_scheme_open(kind, g, path, &s, digest) == 0);
+    unlink(path);
+    free(path), free(k), free(q), free(mean), free(low), free(bits), free(step);
+    return s;
+}
+
+/* ---- setting up ---- */
+
+static void host_fill(struct gpu *gpu, struct gpu_scheme *scheme, struct world *w)
+{
+    gpu_scheme_observe(scheme, 1, 0, w->tokens, w->k);
+    struct gpu_append_args a = {&w->g, w->space, w->refs, 0, w->tokens, w->k, w->v, 0, 0};
+    struct gpu_sign_args s = {&w->g, w->space, scheme, 1, w->refs, 0, w->tokens};
+    MUST(gpu_append(gpu, &a) == 0 && gpu_sign(gpu, &s) == 0);
+}
+
+/* Query i of the world sees what it sees on the host; a second sequence, shorter, shares the blocks. */
+static void device_open(const struct world *w, const struct gpu_scheme *scheme, struct on_device *d)
+{
+    uint64_t rows = w->blocks * pkv_geom_block_bytes(&w->g), signatures = w->blocks * pkv_geom_sig_block_bytes(&w->g);
+    uint64_t *bases = calloc(2ull * PKV_CHUNKS_MAX, 8);
+    MUST(bases);
+    *d = (struct on_device){.pool = device_take(rows), .signatures = device_take(signatures)};
+    CUDA(cudaHostAlloc((void **)&d->arena, rows, cudaHostAllocMapped)); /* the arena is the CPU's memory */
+    CUDA(cudaMemset(d->pool, 0, rows));
+    CUDA(cudaMemset(d->signatures, 0, signatures));
+    memset(d->arena, 0, rows);
+    bases[3] = (uintptr_t)d->pool, bases[5] = (uintptr_t)d->signatures;
+    bases[PKV_CHUNKS_MAX + 7] = (uintptr_t)d->arena;
+    d->bases = device_copy(bases, 2ull * PKV_CHUNKS_MAX * 8);
+    d->refs = device_copy(w->refs, w->blocks * sizeof(*w->refs));
+    struct cuda_seq seqs[2] = {{d->refs, w->tokens}, {d->refs, 1 + below(w->tokens)}};
+    d->seqs = device_copy(seqs, sizeof(seqs));
+    struct cuda_query *queries = take((w->queries + 1) * sizeof(*queries));
+    for (uint32_t i = 0; i < w->queries; i++)
+        queries[i] = (struct cuda_query){0, w->queries - 1 - i};
+    queries[w->queries] = (struct cuda_query){1, 0};
+    d->queries = device_copy(queries, (w->queries + 1) * sizeof(*queries));
+    uint64_t each = (uint64_t)w->g.q_heads * w->g.head_dim * pkv_dtype_bytes(w->g.dtype);
+    d->q = device_take((w->queries + 1) * each);
+    CUDA(cudaMemcpy(d->q, w->q, w->queries * each, cudaMemcpyHostToDevice));
+    CUDA(cudaMemcpy((char *)d->q + w->queries * each, w->q, each, cudaMemcpyHostToDevice)); /* the first query again */
+    free(queries), free(bases);
+    d->a = (struct cuda_attend){.geom = w->g,
+                                .policy = {.k = w->policy.k,
+                                           .sinks = w->policy.sinks,
+                                           .recent = w->policy.recent,
+                                           .rule = PKV_RULE_SOFTMAX,
+                                           .top_p = w->policy.top_p,
+                                           .scale = 1.0f / sqrtf(w->g.head_dim)},
+                                .base = {NULL, d->bases, d->bases + PKV_CHUNKS_MAX},
+                                .seqs = d->seqs,
+                                .query = d->queries,
+                                .q = d->q,
+                                .layer = 1,
+                                .queries = w->queries + 1,
+                                .tokens_max = w->tokens};
+    uint32_t lists = d->a.queries * w->g.kv_heads;
+    d->a.parts = 1 + below(cuda_parts(lists, 4096 * 64, device_processors()));
+    d->a.splits = 1 + below(16);
+    MUST(cuda_scheme_upload(scheme, &d->a.scheme, &d->scheme_memory) == 0);
+    uint64_t heads = (uint64_t)d->a.queries * w->g.q_heads, bytes = cuda_work_bytes(&d->a);
+    d->work = device_take(bytes);
+    CUDA(cudaMemset(d->work, 0, bytes));
+    cuda_work_bind(&d->a, d->work);
+    d->a.out = device_take(heads * w->g.head_dim * 4), d->a.lse = device_take(heads * 4);
+    CUDA(cudaMemset(d->a.out, 0xff, heads * w->g.head_dim * 4));
+}
+
+static void device_close(struct on_device *d)
+{
+    CUDA(cudaFreeHost(d->arena));
+    void *all[] = {d->pool, d->signatures, d->bases, d->refs, d->seqs, d->queries, d->q, d->work, d->a.out, d->a.lse};
+    for (size_t i = 0; i < PKV_ARRAY_LEN(all); i++)
+        CUDA(cudaFree(all[i]));
+    cuda_scheme_free(d->scheme_memory);
+}
+
+/* ---- the steps ---- */
+
+static void check_append(const struct world *w, struct on_device *d)
+{
+    uint64_t numbers = (uint64_t)w->tokens * w->g.kv_heads * w->g.head_dim, bytes = numbers * pkv_dtype_bytes(w->g.dtype);
+    uint32_t cut = below(w->tokens), zero = 0;
+    char *k = device_copy(w->k, bytes), *v = device_copy(w->v, bytes);
+    uint64_t each = bytes / w->tokens;
+    struct cuda_append append = {.geom = w->g,
+                                 .scheme = d->a.scheme,
+                                 .base = {NULL, d->a.base[1], d->a.base[2]},
+                                 .seqs = d->seqs,
+                                 .bad = device_copy(&zero, 4),
+                                 .layer = 1,
+                                 .count = 1};
+    struct cuda_seq seq = {d->refs, cut};
+    for (uint32_t first = 0; first < w->tokens; first = first ? w->tokens : cut ? cut : w->tokens) {
+        append.tokens = first || !cut ? w->tokens - first : cut;
+        append.k = k + first * each, append.v = v + first * each, seq.tokens = first + append.tokens;
+        CUDA(cudaMemcpy(d->seqs, &seq, sizeof(seq), cudaMemcpyHostToDevice));
+        MUST(table->append(&append, NULL) == 0);
+        CUDA(cudaDeviceSynchronize());
+    }
+    uint64_t rows = w->blocks * pkv_geom_block_bytes(&w->g), signatures = w->blocks * pkv_geom_sig_block_bytes(&w->g);
+    char *pool = host_copy(d->pool, rows), *sig = host_copy(d->signatures, signatures);
+    uint32_t *bad = host_copy(append.bad, 4);
+    MUST(*bad == 0);
+    MUST(!memcmp(sig, (void *)(uintptr_t)w->pool[5], signatures));
+    for (uint32_t t = 0; t < w->tokens; t++)
+        for (uint32_t h = 0; h < w->g.kv_heads; h++) {
+            uint64_t place = w->refs[t / 64].rows, at = pkv_place_slot(place) * pkv_geom_block_bytes(&w->g);
+            bool hot = pkv_place_tier(place) == PKV_TIER_POOL;
+            at += pkv_geom_row_offset(&w->g, h, t % 64);
+            MUST(!memcmp((hot ? pool : d->arena) + at, (char *)(uintptr_t)(hot ? w->pool[3] : w->arena[7]) + at,
+                         pkv_geom_row_bytes(&w->g)));
+        }
+    CUDA(cudaFree(k));
+    CUDA(cudaFree(v));
+    CUDA(cudaFree(append.bad));
+    free(pool), free(sig), free(bad);
+}
+
+static uint32_t seen_by(const struct world *w, const struct cuda_seq *seqs, uint32_t query)
+{
+    return query < w->queries ? w->tokens - (w->queries - 1 - query) : (uint32_t)seqs[1].tokens;
+}
+
+static void check_query(struct gpu *gpu, struct gpu_scheme *scheme, const struct world *w, const struct on_device *d)
+{
+    uint64_t heads = (uint64_t)w->queries * w->g.q_heads;
+    struct gpu_weights_args weights = {&w->g, scheme, 1, w->queries, 0, w->q, w->weights, w->scales};
+    MUST(gpu_weights(gpu, &weights) == 0);
+    int8_t *got = host_copy(d->a.work.weights, heads * w->g.sig_bits);
+    float *scales = host_copy(d->a.work.scales, heads * 4);
+    struct cuda_seq *seqs = host_copy(d->seqs, 2 * sizeof(*seqs));
+    for (uint32_t query = 0; query < w->queries; query++) {
+        uint32_t visible = seen_by(w, seqs, query), first = PKV_MIN(w->policy.sinks, visible);
+        if (visible - first - PKV_MIN(w->policy.recent, visible - first) <= w->policy.k)
+            continue; /* dense: nobody needs weights */
+        uint64_t at = (uint64_t)query * w->g.q_heads;
+        MUST(!memcmp(got + at * w->g.sig_bits, w->weights + at * w->g.sig_bits, (uint64_t)w->g.q_heads * w->g.sig_bits));
+        MUST(!memcmp(scales + at, w->scales + at, w->g.q_heads * 4ull));
+    }
+    free(got), free(scales), free(seqs);
+}
+
+struct list {
+    uint32_t visible, first, last, count;
+    const uint16_t *codes, *scores;
+    const uint32_t *index;
+};
+
+/* The code of a token from the device's own weights, scales and biases, as code.h defines it. */
+static uint32_t code_expected(const struct world *w, const int8_t *weights, const float *scales, const float *biases,
+                              uint32_t head, uint32_t token)
+{
+    const struct pkv_geom *g = &w->g;
+    const uint32_t *sig = (const uint32_t *)(uintptr_t)(w->pool[5] + (token / 64) * pkv_geom_sig_block_bytes(g));
+    float sum = 0;
+    for (uint32_t h = 0; h < pkv_geom_group(g); h++) {
+        int32_t s = 0;
+        for (uint32_t b = 0; b < g->sig_bits; b++)
+            s += (int32_t)(sig[pkv_geom_sig_index(g, head, token % 64, b / 32)] >> b % 32 & 1) * weights[h * g->sig_bits + b];
+        sum += gpu_exp2(fmaf((float)s, scales[h], biases[h]));
+    }
+    return gpu_code_softmax(sum);
+}
+
+/* k as the host's budget finds it. */
+static uint32_t budget_expected(const struct world *w, const struct list *l)
+{
+    static uint32_t histogram[GPU_CODE_SOFTMAX_MAX + 1];
+    uint32_t k = PKV_MIN(w->policy.k, l->last - l->first), group = pkv_geom_group(&w->g), taken = 0;
+    if (w->policy.top_p <= 0)
+        return k;
+    memset(histogram, 0, sizeof(histogram));
+    double total = group;
+    for (uint32_t t = l->first; t < l->last; t++)
+        histogram[l->codes[t]]++, total += gpu_code_mass(l->codes[t]);
+    double missing = (double)w->policy.top_p * total - group;
+    for (uint32_t c = GPU_CODE_SOFTMAX_MAX; c > 0 && missing > 0 && taken < k; c--) {
+        double each = gpu_code_mass(c);
+        taken += histogram[c] * each < missing ? histogram[c] : (uint32_t)ceil(missing / each);
+        missing -= histogram[c] * each;
+    }
+    return PKV_MIN(taken, k);
+}
+
+static void check_list(const struct world *w, const struct list *l)
+{
+    uint32_t ends = l->first + l->visible - l->last, k = l->count - ends, expected = budget_expected(w, l), i = l->first;
+    MUST(l->count >= ends && k + 1 >= expected && k <= expected + (w->policy.top_p > 0));
+    static uint32_t above[GPU_CODE_SOFTMAX_MAX + 2];
+    memset(above, 0, sizeof(above));
+    for (uint32_t t = l->first; t < l->last; t++)
+        above[l->codes[t]]++;
+    for (uint32_t c = GPU_CODE_SOFTMAX_MAX; c-- > 0;)
+        above[c] += above[c + 1];
+    uint32_t ties = 0, threshold = GPU_CODE_SOFTMAX_MAX + 1;
+    while (k && above[threshold] < k)
+        threshold--;
+    for (uint32_t t = 0; t < l->first; t++)
+        MUST(l->index[t] == t);
+    for (uint32_t t = l->first; t < l->last; t++) {
+        bool tie = k && l->codes[t] == threshold;
+        if (!k || l->codes[t] < threshold || (tie && above[threshold + 1] + ties >= k))
+            continue;
+        ties += tie;
+        MUST(i < l->count && l->index[i] == t && l->scores[i] == l->codes[t]);
+        i++;
+    }
+    for (uint32_t t = l->last; t < l->visible; t++, i++)
+        MUST(l->index[i] == t);
+    MUST(i == l->count);
+}
+
+static void check_lists(const struct world *w, const struct on_device *d, bool dense, const float *out, const float *lse)
+{
+    const struct cuda_attend *a = &d->a;
+    const struct pkv_geom *g = &w->g;
+    uint64_t lists = (uint64_t)a->queries * g->kv_heads, heads = (uint64_t)a->queries * g->q_heads;
+    uint64_t stride = PKV_ALIGN_UP(w->tokens, 64u), rows = cuda_rows_max(&a->policy);
+    uint16_t *codes = host_copy(a->work.codes, lists * stride * 2), *scores = host_copy(a->work.scores, lists * rows * 2);
+    uint32_t *index = host_copy(a->work.index, lists * rows * 4), *chosen = host_copy(a->work.chosen, lists * 4);
+    int8_t *weights = host_copy(a->work.weights, heads * g->sig_bits);
+    float *scales = host_copy(a->work.scales, heads * 4), *biases = host_copy(a->work.biases, heads * 4);
+    struct cuda_seq *seqs = host_copy(d->seqs, 2 * sizeof(*seqs));
+    uint64_t compared = 0, differ = 0;
+    for (uint32_t query = 0; query < a->queries; query++)
+        for (uint32_t head = 0; head < g->kv_heads; head++) {
+            uint64_t list = (uint64_t)query * g->kv_heads + head,
+                     q_head = (uint64_t)query * g->q_heads + head * pkv_geom_group(g);
+            struct list l = {seen_by(w, seqs, query), 0, 0, chosen[list], codes + list * stride, scores + list * rows,
+                             index + list * rows};
+            l.first = PKV_MIN(w->policy.sinks, l.visible);
+            l.last = l.visible - PKV_MIN(w->policy.recent, l.visible - l.first);
+            bool all = dense || l.last - l.first <= w->policy.k;
+            if (!all)
+                check_list(w, &l);
+            for (uint32_t t = l.first; t < l.last && !all; t += 1 + below(5)) {
+                int expected = (int)code_expected(w, weights + q_head * g->sig_bits, scales + q_head, biases + q_head, head, t);
+                MUST(abs(expected - l.codes[t]) <= 1);
+                compared++, differ += expected != l.codes[t];
+            }
+            for (uint32_t h = 0; h < pkv_geom_group(g); h += 1 + below(4)) {
+                /* The extra query repeats the first one's numbers. */
+                uint32_t same = query < w->queries ? query : 0;
+                naive_attend(w, same, head * pkv_geom_group(g) + h, all ? NULL : l.index, all ? l.visible : l.count,
+                             out + (q_head + h) * g->head_dim, lse[q_head + h]);
+            }
+        }
+    MUST(differ * 2 <= compared + 8); /* one step where rounding decides, not a shift of all */
+    free(codes), free(scores), free(index), free(chosen), free(weights), free(scales), free(biases), free(seqs);
+}
+
+static void launch_all(const struct cuda_attend *a, cudaStream_t stream)
+{
+    MUST(table->query(a, stream) == 0);
+    MUST(table->scan(a, stream) == 0);
+    MUST(table->pick(a, stream) == 0);
+    MUST(table->attend(a, stream) == 0);
+}
+
+static void check_attend(const struct world *w, struct on_device *d, bool dense)
+{
+    uint64_t heads = (uint64_t)d->a.queries * w->g.q_heads;
+    d->a.policy.dense_below = dense ? UINT32_MAX : 0;
+    launch_all(&d->a, NULL);
+    CUDA(cudaDeviceSynchronize());
+    float *out = host_copy(d->a.out, heads * w->g.head_dim * 4), *lse = host_copy(d->a.lse, heads * 4);
+    check_lists(w, d, dense, out, lse);
+    free(out), free(lse);
+}
+
+static void check_gather(const struct world *w, const struct on_device *d)
+{
+    uint64_t lists = (uint64_t)d->a.queries * w->g.kv_heads, rows = cuda_rows_max(&d->a.policy),
+             bytes = pkv_geom_row_bytes(&w->g);
+    struct cuda_gather g = {&d->a, device_take(lists * rows * bytes)};
+    MUST(table->gather(&g, NULL) == 0);
+    CUDA(cudaDeviceSynchronize());
+    char *got = host_copy(g.to, lists * rows * bytes);
+    uint32_t *index = host_copy(d->a.work.index, lists * rows * 4), *chosen = host_copy(d->a.work.chosen, lists * 4);
+    for (uint64_t list = 0; list < lists; list++)
+        for (uint32_t i = 0; i < chosen[list]; i++) {
+            uint32_t t = index[list * rows + i];
+            uint64_t place = w->refs[t / 64].rows;
+            const char *base = (const char *)(uintptr_t)(pkv_place_tier(place) == PKV_TIER_POOL ? w->pool[3] : w->arena[7]);
+            base += pkv_place_slot(place) * pkv_geom_block_bytes(&w->g);
+            MUST(!memcmp(got + (list * rows + i) * bytes,
+                         base + pkv_geom_row_offset(&w->g, (uint32_t)(list % w->g.kv_heads), t % 64), bytes));
+        }
+    CUDA(cudaFree(g.to));
+    free(got), free(index), free(chosen);
+}
+
+/* The class of bug where a graph replays yesterday's table or length. */
+static void check_graph(const struct world *w, struct on_device *d)
+{
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t replay;
+    uint64_t heads = (uint64_t)d->a.queries * w->g.q_heads, bytes = heads * w->g.head_dim * 4;
+    CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    d->a.policy.dense_below = 0;
+    CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    launch_all(&d->a, stream);
+    CUDA(cudaStreamEndCapture(stream, &graph));
+    CUDA(cudaGraphInstantiate(&replay, graph, 0));
+    struct cuda_seq seqs[2] = {{d->refs, 0}, {d->refs, 0}};
+    for (uint32_t length = w->queries; length <= w->tokens; length += 1 + below(90)) {
+        seqs[0].tokens = length, seqs[1].tokens = 1 + below(length);
+        CUDA(cudaMemcpyAsync(d->seqs, seqs, sizeof(seqs), cudaMemcpyHostToDevice, stream));
+        CUDA(cudaMemsetAsync(d->a.out, 0xff, bytes, stream));
+        CUDA(cudaGraphLaunch(replay, stream));
+        CUDA(cudaStreamSynchronize(stream));
+        float *replayed = host_copy(d->a.out, bytes);
+        CUDA(cudaMemset(d->a.out, 0xff, bytes));
+        launch_all(&d->a, stream);
+        CUDA(cudaStreamSynchronize(stream));
+        float *fresh = host_copy(d->a.out, bytes);
+        for (uint32_t query = 0; query < w->queries; query++) { /* against exact attention where everything is attended */
+            uint32_t visible = length - (w->queries - 1 - query);
+            if (visible <= (uint64_t)w->policy.sinks + w->policy.recent + w->policy.k) {
+                float *lse = host_copy(d->a.lse, heads * 4);
+                naive_attend(w, query, 0, NULL, visible, replayed + (uint64_t)query * w->g.q_heads * w->g.head_dim,
+                             lse[(uint64_t)query * w->g.q_heads]);
+                free(lse);
+            }
+        }
+        MUST(!memcmp(replayed, fresh, bytes)); /* no sum depends on timing */
+        free(replayed), free(fresh);
+    }
+    CUDA(cudaGraphExecDestroy(replay));
+    CUDA(cudaGraphDestroy(graph));
+    CUDA(cudaStreamDestroy(stream));
+}
+
+static void check_case(struct gpu *gpu)
+{
+    struct world w = world_random();
+    struct on_device d;
+    uint32_t kind = below(3); /* sign, code, linear */
+    w.policy.rule = PKV_RULE_SOFTMAX;
+    if (kind == PKV_SCHEME_CODE && w.g.sig_bits > 4 * w.g.head_dim)
+        kind = PKV_SCHEME_SIGN;
+    struct gpu_scheme *scheme = scheme_of_kind(&w, kind);
+    host_fill(gpu, scheme, &w);
+    device_open(&w, scheme, &d);
+    printf("  scheme %u parts %u splits %u\n", kind, d.a.parts, d.a.splits);
+    check_append(&w, &d);
+    struct cuda_seq seqs[2] = {{d.refs, w.tokens}, {d.refs, 1 + below(w.tokens)}};
+    CUDA(cudaMemcpy(d.seqs, seqs, sizeof(seqs), cudaMemcpyHostToDevice));
+    check_attend(&w, &d, false);
+    check_query(gpu, scheme, &w, &d);
+    check_gather(&w, &d);
+    check_attend(&w, &d, true);
+    check_graph(&w, &d);
+    device_close(&d);
+    gpu_scheme_close(scheme);
+    world_free(&w);
+}
+
+int main(int argc, char **argv)
+{
+    uint64_t seed = argc > 1 ? strtoull(argv[1], NULL, 0) : 1, cases = argc > 2 ? strtoull(argv[2], NULL, 0) : 60;
+    struct gpu_options options = {.threads = 4};
+    struct gpu *gpu;
+    device_or_skip();
+    table = gpu_cuda_table();
+    MUST(table->version == CUDA_TABLE_VERSION && table->preload() == 0);
+    MUST(gpu_open(&options, &gpu) == 0);
+    for (uint64_t i = 0; i < cases; i++) {
+        state = seed * 1000003 + i;
+        printf("seed %" PRIu64 " case %" PRIu64 ": ", seed, i);
+        check_case(gpu);
+    }
+    gpu_close(gpu);
+    printf("%" PRIu64 " cases\n", cases);
+    return 0;
+}

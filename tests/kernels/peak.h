@@ -1,0 +1,14 @@
+/* Ceilings for bench_cuda. */
+#ifndef TESTS_KERNELS_PEAK_H
+#define TESTS_KERNELS_PEAK_H
+
+#include "proto/base.h"
+
+PKV_EXTERN_C_BEGIN
+
+/* Reads `bytes` of device memory once; 0 when launched. `to`: four bytes that keep the reads alive. */
+int peak_read(const void *from, uint64_t bytes, void *to, void *stream);
+
+PKV_EXTERN_C_END
+
+#endif
