@@ -38,23 +38,25 @@ template <> __device__ __forceinline__ bool not_finite<__nv_bfloat16>(const uint
     return halves(v, 0x7f80u);
 }
 
-static __device__ void sign_rotated(const struct cuda_append &a, const float (&key)[LANE_DIMS], uint32_t lane, uint32_t *words)
+template <uint32_t PER>
+static __device__ __forceinline__ void sign_rotated(const struct cuda_append &a, const float (&key)[PER],
+                                                    const struct rotation<PER> &first, uint32_t lane, uint32_t *words)
 {
     const struct pkv_geom &g = a.geom;
-    uint32_t per = g.head_dim / WARP, done = 0;
-    float norm = 1.0f / (g.head_dim == 96 ? 32.0f : (float)g.head_dim);
+    uint32_t done = 0;
     for (uint32_t b = 0; b < a.scheme.bases; b++) {
-        const float *signs = a.scheme.signs + 2ull * b * g.head_dim;
-        float x[LANE_DIMS];
+        struct rotation<PER> r = first;
+        float x[PER];
+        if (b)
+            rotation_load(r, a.scheme.signs + 2ull * b * g.head_dim, lane);
 #pragma unroll
-        for (uint32_t j = 0; j < LANE_DIMS; j++)
+        for (uint32_t j = 0; j < PER; j++)
             x[j] = key[j];
-        rotate_round(x, signs, per, lane);
-        rotate_round(x, signs + g.head_dim, per, lane);
+        rotate(x, r);
 #pragma unroll
-        for (uint32_t j = 0; j < LANE_DIMS; j++)
-            if (j < per && done < pkv_geom_words(&g)) {
-                uint32_t word = __ballot_sync(ALL_LANES, __fmul_rn(x[j], norm) > 0);
+        for (uint32_t j = 0; j < PER; j++)
+            if (done < pkv_geom_words(&g)) {
+                uint32_t word = __ballot_sync(ALL_LANES, __fmul_rn(x[j], rotation_norm(g.head_dim)) > 0);
                 if (lane == 0)
                     words[done] = word;
                 done++;
@@ -100,107 +102,137 @@ static __device__ void sign_mapped(const struct cuda_append &a, uint64_t at, con
 }
 
 /* A row on its way: this lane's pieces of K, then V. */
-#define PIECES_MAX 4u /* f32 x 256: 2 KiB a row */
-struct row {
-    uint4 piece[PIECES_MAX];
+template <typename T, uint32_t PER> struct row {
+    static constexpr uint32_t HALF = PER * WARP * sizeof(T) / 16, PIECES = (2 * HALF + WARP - 1) / WARP;
+    uint4 piece[PIECES];
 };
 
-template <typename T>
+template <typename T, uint32_t PER>
 static __device__ __forceinline__ void load_row(const struct cuda_append &a, uint32_t seq, uint32_t i, uint32_t head,
-                                                uint32_t lane, struct row &r)
+                                                uint32_t lane, struct row<T, PER> &r)
 {
-    const struct pkv_geom &g = a.geom;
-    uint64_t from = (((uint64_t)seq * a.tokens + i) * g.kv_heads + head) * g.head_dim;
-    uint32_t pieces = (uint32_t)(pkv_geom_row_bytes(&g) / 16);
+    uint64_t from = (((uint64_t)seq * a.tokens + i) * a.geom.kv_heads + head) * PER * WARP;
     const uint4 *k = (const uint4 *)((const T *)a.k + from), *v = (const uint4 *)((const T *)a.v + from);
 #pragma unroll
-    for (uint32_t n = 0; n < PIECES_MAX; n++) {
+    for (uint32_t n = 0; n < r.PIECES; n++) {
         uint32_t p = n * WARP + lane;
-        if (p < pieces)
-            r.piece[n] = __ldcs(p < pieces / 2 ? k + p : v + (p - pieces / 2));
+        if (p < 2 * r.HALF)
+            r.piece[n] = __ldcs(p < r.HALF ? k + p : v + (p - r.HALF));
     }
 }
 
-template <typename T>
-static __device__ void append_row(const struct cuda_append &a, struct append_shared *m, const struct row &r, uint64_t token,
-                                  uint32_t head, const struct pkv_block_ref &ref)
+/* What stays the same for all rows of a head. */
+template <uint32_t PER> struct constants {
+    struct rotation<PER> rotation;
+    float mean[PER];
+};
+
+template <typename T, uint32_t PER>
+static __device__ __forceinline__ void append_row(const struct cuda_append &a, struct append_shared *m,
+                                                  const struct row<T, PER> &r, const struct constants<PER> &c, char *rows,
+                                                  uint32_t *signatures, uint32_t in, uint32_t head)
 {
     const struct pkv_geom &g = a.geom;
-    uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, in = (uint32_t)(token % PKV_BLOCK_TOKENS);
-    uint32_t pieces = (uint32_t)(pkv_geom_row_bytes(&g) / 16);
-    uint4 *row = (uint4 *)(place_address(a.base, ref.rows, pkv_geom_block_bytes(&g)) + pkv_geom_row_offset(&g, head, in));
+    uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    uint4 *row = (uint4 *)(rows + pkv_geom_row_offset(&g, head, in));
     bool bad = false;
 #pragma unroll
-    for (uint32_t n = 0; n < PIECES_MAX; n++) {
+    for (uint32_t n = 0; n < r.PIECES; n++) {
         uint32_t p = n * WARP + lane;
-        if (p >= pieces)
+        if (p >= 2 * r.HALF)
             continue;
         bad = bad || not_finite<T>(r.piece[n]);
         row[p] = r.piece[n];
-        if (p < pieces / 2)
+        if (p < r.HALF)
             ((uint4 *)m->raw[warp])[p] = r.piece[n];
     }
     if (bad && a.bad)
         atomicOr(a.bad, 1u);
     __syncwarp();
-    uint64_t at = (uint64_t)a.layer * g.kv_heads + head;
-    float key[LANE_DIMS];
+    float key[PER];
 #pragma unroll
-    for (uint32_t j = 0; j < LANE_DIMS; j++) {
-        key[j] = j * WARP < g.head_dim ? to_float(((const T *)m->raw[warp])[j * WARP + lane]) : 0.0f;
-        if (a.scheme.mean && j * WARP < g.head_dim)
-            key[j] = __fsub_rn(key[j], a.scheme.mean[at * g.head_dim + j * WARP + lane]);
-    }
+    for (uint32_t j = 0; j < PER; j++)
+        key[j] = __fsub_rn(to_float(((const T *)m->raw[warp])[j * WARP + lane]), c.mean[j]);
     __syncwarp();
     if (a.scheme.kind == PKV_SCHEME_SIGN) {
-        sign_rotated(a, key, lane, m->words[warp]);
+        sign_rotated<PER>(a, key, c.rotation, lane, m->words[warp]);
     } else {
 #pragma unroll
-        for (uint32_t j = 0; j < LANE_DIMS; j++)
-            if (j * WARP < g.head_dim)
-                m->raw[warp][j * WARP + lane] = key[j];
+        for (uint32_t j = 0; j < PER; j++)
+            m->raw[warp][j * WARP + lane] = key[j];
         __syncwarp();
-        sign_mapped(a, at, m->raw[warp], m->values[warp], m->words[warp], lane);
+        sign_mapped(a, (uint64_t)a.layer * g.kv_heads + head, m->raw[warp], m->values[warp], m->words[warp], lane);
     }
     __syncwarp();
-    uint32_t *signatures = (uint32_t *)place_address(a.base, ref.signatures, pkv_geom_sig_block_bytes(&g));
     if (lane < pkv_geom_words(&g))
         signatures[pkv_geom_sig_index(&g, head, in, lane)] = m->words[warp][lane];
     __syncwarp();
 }
 
-template <typename T> __global__ void __launch_bounds__(THREADS) append_kernel(const __grid_constant__ struct cuda_append a)
+template <typename T, uint32_t PER>
+__global__ void __launch_bounds__(THREADS) append_kernel(const __grid_constant__ struct cuda_append a)
 {
     __shared__ __align__(16) struct append_shared m;
+    const struct pkv_geom &g = a.geom;
     uint32_t first = blockIdx.x * CHUNK, last = min(first + CHUNK, a.tokens), lane = threadIdx.x % WARP;
     wait_for_former();
     struct cuda_seq seq = a.seqs[blockIdx.y];
-    for (uint32_t head = threadIdx.x / WARP; head < a.geom.kv_heads; head += WARPS) {
-        struct row now = {}, next = {};
-        load_row<T>(a, blockIdx.y, first, head, lane, now);
+    uint64_t begin = seq.tokens - a.tokens, block = ~0ull;
+    for (uint32_t head = threadIdx.x / WARP; head < g.kv_heads; head += WARPS) {
+        struct row<T, PER> now = {}, next = {
+        };
+        struct constants<PER> c = {
+        };
+        char *rows = NULL;
+        uint32_t *signatures = NULL;
+        load_row<T, PER>(a, blockIdx.y, first, head, lane, now);
+        if (a.scheme.kind == PKV_SCHEME_SIGN)
+            rotation_load(c.rotation, a.scheme.signs, lane);
+#pragma unroll
+        for (uint32_t j = 0; j < PER; j++)
+            c.mean[j] =
+                a.scheme.mean ? a.scheme.mean[((uint64_t)a.layer * g.kv_heads + head) * PER * WARP + j * WARP + lane] : 0.0f;
         for (uint32_t i = first; i < last; i++) {
-            uint64_t token = seq.tokens - a.tokens + i;
+            uint64_t token = begin + i;
             if (i + 1 < last)
-                load_row<T>(a, blockIdx.y, i + 1, head, lane, next);
-            append_row<T>(a, &m, now, token, head, seq.blocks[token / PKV_BLOCK_TOKENS]);
+                load_row<T, PER>(a, blockIdx.y, i + 1, head, lane, next);
+            if (token / PKV_BLOCK_TOKENS != block || i == first) {
+                block = token / PKV_BLOCK_TOKENS;
+                struct pkv_block_ref ref = seq.blocks[block];
+                rows = place_address(a.base, ref.rows, pkv_geom_block_bytes(&g));
+                signatures = (uint32_t *)place_address(a.base, ref.signatures, pkv_geom_sig_block_bytes(&g));
+            }
+            append_row<T, PER>(a, &m, now, c, rows, signatures, (uint32_t)(token % PKV_BLOCK_TOKENS), head);
             now = next;
         }
     }
 }
 
+template <typename T> static void (*kernel_of(uint32_t head_dim))(const struct cuda_append)
+{
+    return head_dim == 64    ? append_kernel<T, 2>
+           : head_dim == 96  ? append_kernel<T, 3>
+           : head_dim == 128 ? append_kernel<T, 4>
+                             : append_kernel<T, 8>;
+}
+
 template <typename T> static int start(const struct cuda_append *a, void *stream)
 {
-    return launch(append_kernel<T>, dim3(PKV_DIV_UP(a->tokens, CHUNK), a->count), THREADS, 0, *a, stream);
+    return launch(kernel_of<T>(a->geom.head_dim), dim3(PKV_DIV_UP(a->tokens, CHUNK), a->count), THREADS, 0, *a, stream);
+}
+
+template <typename T> static bool preload(void)
+{
+    cudaFuncAttributes f;
+    bool loaded = true;
+    for (uint32_t dim = 64; dim <= 256; dim += dim == 64 || dim == 96 ? 32 : 128)
+        loaded = loaded && cudaFuncGetAttributes(&f, kernel_of<T>(dim)) == cudaSuccess;
+    return loaded;
 }
 
 extern "C" int cuda_append_preload(void)
 {
-    cudaFuncAttributes f;
-    return cudaFuncGetAttributes(&f, append_kernel<float>) == cudaSuccess &&
-                   cudaFuncGetAttributes(&f, append_kernel<__half>) == cudaSuccess &&
-                   cudaFuncGetAttributes(&f, append_kernel<__nv_bfloat16>) == cudaSuccess
-               ? 0
-               : -(int)PKV_ERR_UNSUPPORTED;
+    return preload<float>() && preload<__half>() && preload<__nv_bfloat16>() ? 0 : -(int)PKV_ERR_UNSUPPORTED;
 }
 
 extern "C" int cuda_append_launch(const struct cuda_append *a, void *stream)

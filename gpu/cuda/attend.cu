@@ -199,13 +199,13 @@ static __device__ void write_result(const struct cuda_attend &a, struct attend_s
 }
 
 template <typename T, uint32_t DIM>
-static __device__ void attend_rows(const struct cuda_attend &a, struct attend_shared<DIM> *m, uint32_t query, uint32_t list,
-                                   uint32_t head, uint32_t split, const float (&q)[HEADS][VECTOR], struct state &s)
+static __device__ void attend_rows(const struct cuda_attend &a, struct attend_shared<DIM> *m, const struct span &span,
+                                   uint32_t query, uint32_t list, uint32_t head, uint32_t split,
+                                   const float (&q)[HEADS][VECTOR], struct state &s)
 {
     constexpr uint32_t USED = DIM / VECTOR, GROUP = USED == 12 ? 16 : USED, SLOTS = WARP / GROUP, U = sizeof(T) == 4 ? 2 : 5;
     const struct pkv_geom &g = a.geom;
     uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    struct span span = span_of(a, query);
     const struct pkv_block_ref *blocks = blocks_of(a, query);
     const uint32_t *index = a.work.index + (uint64_t)list * cuda_rows_max(&a.policy);
     uint32_t count = span.dense ? span.visible : a.work.chosen[list], per = PKV_DIV_UP(count, a.splits);
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(THREADS, 2) attend_kernel(const __grid_constan
     uint64_t q_head = (uint64_t)query * g.q_heads + head * group + chunk * HEADS;
     float q[HEADS][VECTOR];
     struct state s;
-    wait_for_former();
+    struct span span = span_of(a, query);
 #pragma unroll
     for (uint32_t h = 0; h < HEADS; h++) {
         s.max[h] = NOTHING, s.sum[h] = 0;
@@ -249,7 +249,8 @@ __global__ void __launch_bounds__(THREADS, 2) attend_kernel(const __grid_constan
             s.out[h][i] = 0;
         }
     }
-    attend_rows<T, DIM>(a, m, query, list, head, split, q, s);
+    wait_for_former();
+    attend_rows<T, DIM>(a, m, span, query, list, head, split, q, s);
 #pragma unroll
     for (uint32_t apart = GROUP; apart < WARP; apart *= 2)
         merge(s, apart);
@@ -278,7 +279,8 @@ __global__ void __launch_bounds__(THREADS, 2) attend_kernel(const __grid_constan
 template <typename T, uint32_t DIM> static int start(const struct cuda_attend *a, void *stream)
 {
     uint32_t items = a->queries * a->geom.kv_heads * cuda_head_chunks(&a->geom);
-    return launch(attend_kernel<T, DIM>, dim3(items * a->splits), THREADS, sizeof(struct attend_shared<DIM>), *a, stream);
+    return launch(attend_kernel<T, DIM>, dim3(items * a->splits), THREADS, sizeof(struct attend_shared<DIM>), *a, stream,
+                  !cuda_dense_only(a)); /* alone, it may not look at anything before the former kernel's end */
 }
 
 template <typename T> static int start_dim(const struct cuda_attend *a, void *stream)

@@ -102,6 +102,12 @@ static inline PKV_HD uint32_t cuda_head_chunks(const struct pkv_geom *g)
     return (pkv_geom_group(g) + 3u) / 4u;
 }
 
+/* No length that tokens_max allows needs selection. Today's lengths have no say: a replay may find others. */
+static inline int cuda_dense_only(const struct cuda_attend *a)
+{
+    return a->tokens_max < a->policy.dense_below || a->tokens_max <= cuda_rows_max(&a->policy);
+}
+
 typedef void *cuda_stream; /* CUstream */
 
 struct cuda_table {
@@ -112,6 +118,7 @@ struct cuda_table {
     int (*scan)(const struct cuda_attend *a, cuda_stream stream);   /* codes and counts */
     int (*pick)(const struct cuda_attend *a, cuda_stream stream);   /* index, chosen, scores */
     int (*attend)(const struct cuda_attend *a, cuda_stream stream); /* out, lse over the lists, or over all where dense */
+    int (*call)(const struct cuda_attend *a, cuda_stream stream);   /* the four above, as far as tokens_max needs them */
     int (*gather)(const struct cuda_gather *g, cuda_stream stream);
     int (*append)(const struct cuda_append *a, cuda_stream stream); /* rows, then signatures */
 };

@@ -18,7 +18,9 @@
 #define CODE_MAX  2047u
 #define CODE_BASE ((127 - 50) * 32)
 
-/* Launches one after the other with the next one's start overlapping this one's end: wait for what the former wrote. */
+/* A launch starts while the former one ends: everything that the former wrote is there from here on. What a call is given
+ * (queries, lengths, tables, rows, signatures) was there before its first kernel passed this line, and that kernel lets the
+ * next one start only then; so the call's other kernels may read those, and only those, before it. */
 static __device__ __forceinline__ void wait_for_former(void)
 {
 #if __CUDA_ARCH__ >= 900
@@ -28,14 +30,14 @@ static __device__ __forceinline__ void wait_for_former(void)
 }
 
 template <typename K, typename A>
-static int launch(K kernel, dim3 grid, unsigned threads, size_t shared, const A &args, void *stream)
+static int launch(K kernel, dim3 grid, unsigned threads, size_t shared, const A &args, void *stream, bool early = true)
 {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute overlap[1] = {};
     overlap[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap[0].val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared;
-    config.stream = (cudaStream_t)stream, config.attrs = overlap, config.numAttrs = 1;
+    config.stream = (cudaStream_t)stream, config.attrs = overlap, config.numAttrs = early ? 1 : 0;
     cudaError_t e = cudaLaunchKernelEx(&config, kernel, args);
     if (e == cudaSuccess)
         return 0;

@@ -199,8 +199,8 @@ __global__ void __launch_bounds__(THREADS) pick_kernel(const __grid_constant__ s
 {
     __shared__ struct pick_shared m;
     uint32_t list = blockIdx.x / a.parts, part = blockIdx.x % a.parts, query = list / a.geom.kv_heads;
-    wait_for_former();
     struct span span = span_of(a, query);
+    wait_for_former();
     if (span.dense) {
         if (part == 0 && threadIdx.x == 0)
             a.work.chosen[list] = 0;

@@ -20,24 +20,39 @@ struct query_shared {
 
 /* ---- transforms; a warp works on one q head ---- */
 
+template <uint32_t PER>
+static __device__ void rotate_query(const struct cuda_attend &a, struct query_shared *m, uint32_t h, uint32_t lane)
+{
+    const struct pkv_geom &g = a.geom;
+    for (uint32_t b = 0; b < a.scheme.bases; b++) {
+        struct rotation<PER> r;
+        float x[PER];
+        rotation_load(r, a.scheme.signs + 2ull * b * g.head_dim, lane);
+#pragma unroll
+        for (uint32_t j = 0; j < PER; j++)
+            x[j] = m->q[h][j * WARP + lane];
+        rotate(x, r);
+#pragma unroll
+        for (uint32_t j = 0; j < PER; j++)
+            m->real[h][b * g.head_dim + j * WARP + lane] = __fmul_rn(x[j], rotation_norm(g.head_dim));
+    }
+}
+
 static __device__ void weigh_sign(const struct cuda_attend &a, struct query_shared *m, uint32_t head, uint32_t h, uint32_t lane)
 {
     const struct pkv_geom &g = a.geom;
-    uint32_t per = g.head_dim / WARP;
-    float norm = 1.0f / (g.head_dim == 96 ? 32.0f : (float)g.head_dim);
-    for (uint32_t b = 0; b < a.scheme.bases; b++) {
-        float x[LANE_DIMS] = {};
-        const float *signs = a.scheme.signs + 2ull * b * g.head_dim;
-#pragma unroll
-        for (uint32_t j = 0; j < LANE_DIMS; j++)
-            if (j < per)
-                x[j] = m->q[h][j * WARP + lane];
-        rotate_round(x, signs, per, lane);
-        rotate_round(x, signs + g.head_dim, per, lane);
-#pragma unroll
-        for (uint32_t j = 0; j < LANE_DIMS; j++)
-            if (j < per)
-                m->real[h][b * g.head_dim + j * WARP + lane] = __fmul_rn(x[j], norm);
+    switch (g.head_dim) {
+    case 64:
+        rotate_query<2>(a, m, h, lane);
+        break;
+    case 96:
+        rotate_query<3>(a, m, h, lane);
+        break;
+    case 128:
+        rotate_query<4>(a, m, h, lane);
+        break;
+    default:
+        rotate_query<8>(a, m, h, lane);
     }
     __syncwarp();
     const float *deviation = a.scheme.deviation + ((uint64_t)a.layer * g.kv_heads + head) * g.sig_bits;
@@ -138,7 +153,23 @@ static __device__ void tile_addresses(const struct cuda_attend &a, struct bias_t
     }
 }
 
-/* Exact scores of four heads, in units of log2. */
+/* Two neighbouring numbers. */
+static __device__ __forceinline__ float2 load_pair(const float *p)
+{
+    return *(const float2 *)p;
+}
+static __device__ __forceinline__ float2 load_pair(const __half *p)
+{
+    return __half22float2(*(const __half2 *)p);
+}
+static __device__ __forceinline__ float2 load_pair(const __nv_bfloat16 *p)
+{
+    return __bfloat1622float2(*(const __nv_bfloat162 *)p);
+}
+
+/* Exact scores in units of log2. Sixteen lanes have a row; ROWS rows are on their way at a time, for the wait is what costs. */
+#define ROWS  4u
+#define PAIRS (PKV_HEAD_DIM_MAX / 32)
 template <typename T>
 static __device__ void tile_exact(const struct cuda_attend &a, const struct query_shared *m, struct bias_tile *t, uint32_t rows,
                                   uint32_t first_warp)
@@ -147,28 +178,36 @@ static __device__ void tile_exact(const struct cuda_attend &a, const struct quer
     uint32_t group = pkv_geom_group(&g), lane = threadIdx.x % 16, stride = (THREADS - first_warp * WARP) / 16;
     if (threadIdx.x / WARP < first_warp)
         return;
-    for (uint32_t i = (threadIdx.x - first_warp * WARP) / 16; i < PKV_ALIGN_UP(rows, 2u); i += stride) {
-        const T *key = (const T *)t->row[min(i, rows - 1)];
-        float k[PKV_HEAD_DIM_MAX / 16];
+    for (uint32_t first = (threadIdx.x - first_warp * WARP) / 32 * 2; first < rows; first += ROWS * stride) {
+        float2 k[ROWS][PAIRS];
 #pragma unroll
-        for (uint32_t j = 0; j < PKV_HEAD_DIM_MAX / 16; j += 2)
-            if (j * 16 < g.head_dim) {
-                k[j] = to_float(key[j * 16 + 2 * lane]);
-                k[j + 1] = to_float(key[j * 16 + 2 * lane + 1]);
-            }
+        for (uint32_t r = 0; r < ROWS; r++) {
+            uint32_t i = first + threadIdx.x / 16 % 2 + r * stride;
+            const T *key = (const T *)t->row[min(i, rows - 1)];
+#pragma unroll
+            for (uint32_t j = 0; j < PAIRS; j++)
+                if (j * 32 < g.head_dim)
+                    k[r][j] = load_pair(key + j * 32 + 2 * lane);
+        }
         for (uint32_t h = 0; h < group; h++) {
-            float dot = 0;
+            float dot[ROWS] = {};
 #pragma unroll
-            for (uint32_t j = 0; j < PKV_HEAD_DIM_MAX / 16; j += 2)
-                if (j * 16 < g.head_dim) {
-                    dot = fmaf(k[j], m->q[h][j * 16 + 2 * lane], dot);
-                    dot = fmaf(k[j + 1], m->q[h][j * 16 + 2 * lane + 1], dot);
+            for (uint32_t j = 0; j < PAIRS; j++)
+                if (j * 32 < g.head_dim) {
+                    float2 q = *(const float2 *)&m->q[h][j * 32 + 2 * lane];
+#pragma unroll
+                    for (uint32_t r = 0; r < ROWS; r++)
+                        dot[r] = fmaf(k[r][j].x, q.x, fmaf(k[r][j].y, q.y, dot[r]));
                 }
 #pragma unroll
-            for (uint32_t s = 8; s; s /= 2)
-                dot += __shfl_xor_sync(ALL_LANES, dot, s);
-            if (lane == 0 && i < rows)
-                t->exact[h][i] = dot * (a.policy.scale * LOG2E);
+            for (uint32_t r = 0; r < ROWS; r++) {
+#pragma unroll
+                for (uint32_t s = 8; s; s /= 2)
+                    dot[r] += __shfl_xor_sync(ALL_LANES, dot[r], s);
+                uint32_t i = first + threadIdx.x / 16 % 2 + r * stride;
+                if (lane == 0 && i < rows)
+                    t->exact[h][i] = dot[r] * (a.policy.scale * LOG2E);
+            }
         }
     }
 }

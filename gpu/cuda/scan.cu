@@ -174,13 +174,11 @@ __global__ void __launch_bounds__(THREADS, SETS == 1 && K == 1 ? 2 : 1)
     uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, words = pkv_geom_words(&g);
     for (uint32_t i = threadIdx.x; i < 2048 + 8; i += THREADS)
         m.counts[i] = 0;
-    wait_for_former();
-    __syncthreads();
     struct span span = span_of(a, query);
-    if (span.dense)
+    if (span.dense) {
+        wait_for_former(); /* a grid that ends early would let later ones pass the former */
         return;
-    struct planes<SETS, K> p;
-    load_planes<SETS, K>(a, (uint64_t)query * g.q_heads + head * pkv_geom_group(&g), lane, p);
+    }
     const struct pkv_block_ref *blocks = blocks_of(a, query);
     uint16_t *codes = a.work.codes + list * codes_stride(a);
     uint64_t slot = pkv_geom_sig_block_bytes(&g), offset = (uint64_t)pkv_geom_sig_index(&g, head, 0, 0) * 4;
@@ -196,6 +194,10 @@ __global__ void __launch_bounds__(THREADS, SETS == 1 && K == 1 ? 2 : 1)
     uint64_t now = address(0), next = address(WARP);
     struct tile<K> current, ahead;
     load_tile<K>((const uint4 *)__shfl_sync(ALL_LANES, now, 0), words, lane, current);
+    wait_for_former();
+    __syncthreads();
+    struct planes<SETS, K> p;
+    load_planes<SETS, K>(a, (uint64_t)query * g.q_heads + head * pkv_geom_group(&g), lane, p);
     for (uint32_t i = 0; i < mine; i++) {
         if ((i + 1) % WARP == 0)
             now = next, next = address(i + 1 + WARP);

@@ -5,34 +5,57 @@
 
 #include "gpu/cuda/device.cuh"
 
-#define LANE_DIMS (PKV_HEAD_DIM_MAX / WARP) /* dimensions of a vector that a lane holds: j x 32 + lane */
+/* The rotation of host/rotate.h: element d = j x 32 + lane, so strides below 32 cross lanes and the others stay in one. A
+ * product with +-1 is exact, so x * flip + other is the sum or difference, rounded once. */
+template <uint32_t PER> struct rotation {
+    float signs[2][PER];
+    float flip[5]; /* -1 where this lane subtracts at stride 1 << i */
+};
 
-/* The rotation of host/rotate.h: element d = j x 32 + lane, so strides below 32 cross lanes and the others stay in one. */
-static __device__ void rotate_round(float (&x)[LANE_DIMS], const float *signs, uint32_t per, uint32_t lane)
+template <uint32_t PER>
+static __device__ __forceinline__ void rotation_load(struct rotation<PER> &r, const float *signs, uint32_t lane)
 {
 #pragma unroll
-    for (uint32_t j = 0; j < LANE_DIMS; j++)
-        if (j < per) {
-            x[j] = __fmul_rn(x[j], signs[j * WARP + lane]);
+    for (uint32_t round = 0; round < 2; round++)
 #pragma unroll
-            for (uint32_t s = 1; s < WARP; s *= 2) {
-                float other = __shfl_xor_sync(ALL_LANES, x[j], s);
-                x[j] = lane & s ? __fsub_rn(other, x[j]) : __fadd_rn(other, x[j]);
-            }
+        for (uint32_t j = 0; j < PER; j++)
+            r.signs[round][j] = __ldg(signs + (round * PER + j) * WARP + lane);
+#pragma unroll
+    for (uint32_t i = 0; i < 5; i++)
+        r.flip[i] = lane >> i & 1 ? -1.0f : 1.0f;
+}
+
+template <uint32_t PER> static __device__ __forceinline__ void rotate(float (&x)[PER], const struct rotation<PER> &r)
+{
+#pragma unroll
+    for (uint32_t round = 0; round < 2; round++) {
+#pragma unroll
+        for (uint32_t j = 0; j < PER; j++)
+            x[j] = __fmul_rn(x[j], r.signs[round][j]);
+#pragma unroll
+        for (uint32_t i = 0; i < 5; i++)
+#pragma unroll
+            for (uint32_t j = 0; j < PER; j++)
+                x[j] = fmaf(x[j], r.flip[i], __shfl_xor_sync(ALL_LANES, x[j], 1u << i));
+        if constexpr (PER == 3) { /* head_dim 96: three blocks, mixed by a Householder reflection */
+            float third = __fmul_rn(__fadd_rn(__fadd_rn(x[0], x[1]), x[2]), 2.0f / 3.0f);
+            x[0] = __fsub_rn(x[0], third), x[1] = __fsub_rn(x[1], third), x[2] = __fsub_rn(x[2], third);
+        } else {
+#pragma unroll
+            for (uint32_t s = 1; s < PER; s *= 2)
+#pragma unroll
+                for (uint32_t j = 0; j < PER; j++)
+                    if (!(j & s)) {
+                        float a = x[j], b = x[j + s];
+                        x[j] = __fadd_rn(a, b), x[j + s] = __fsub_rn(a, b);
+                    }
         }
-    if (per == 3) { /* head_dim 96: three blocks, mixed by a Householder reflection */
-        float third = __fmul_rn(__fadd_rn(__fadd_rn(x[0], x[1]), x[2]), 2.0f / 3.0f);
-        x[0] = __fsub_rn(x[0], third), x[1] = __fsub_rn(x[1], third), x[2] = __fsub_rn(x[2], third);
-        return;
     }
-#pragma unroll
-    for (uint32_t s = 1; s < LANE_DIMS; s *= 2)
-#pragma unroll
-        for (uint32_t j = 0; j < LANE_DIMS; j++)
-            if (!(j & s) && j + s < per) {
-                float a = x[j], b = x[j + s];
-                x[j] = __fadd_rn(a, b), x[j + s] = __fsub_rn(a, b);
-            }
+}
+
+static __device__ __forceinline__ float rotation_norm(uint32_t head_dim)
+{
+    return 1.0f / (head_dim == 96 ? 32.0f : (float)head_dim);
 }
 
 /* gpu_kernels.dot: sixteen sums, then a fixed tree. Half a warp gives one value. */

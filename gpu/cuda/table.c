@@ -11,6 +11,17 @@ static int preload(void)
     return r;
 }
 
+static int call(const struct cuda_attend *a, cuda_stream stream)
+{
+    int r = 0;
+    if (!cuda_dense_only(a)) {
+        r = cuda_query_launch(a, stream);
+        r = r ? r : cuda_scan_launch(a, stream);
+        r = r ? r : cuda_pick_launch(a, stream);
+    }
+    return r ? r : cuda_attend_launch(a, stream);
+}
+
 const struct cuda_table *gpu_cuda_table(void)
 {
     static const struct cuda_table table = {
@@ -20,6 +31,7 @@ const struct cuda_table *gpu_cuda_table(void)
         .scan = cuda_scan_launch,
         .pick = cuda_pick_launch,
         .attend = cuda_attend_launch,
+        .call = call,
         .gather = cuda_gather_launch,
         .append = cuda_append_launch,
     };

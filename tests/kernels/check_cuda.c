@@ -315,10 +315,7 @@ static void check_lists(const struct world *w, const struct on_device *d, bool d
 
 static void launch_all(const struct cuda_attend *a, cudaStream_t stream)
 {
-    MUST(table->query(a, stream) == 0);
-    MUST(table->scan(a, stream) == 0);
-    MUST(table->pick(a, stream) == 0);
-    MUST(table->attend(a, stream) == 0);
+    MUST(table->call(a, stream) == 0);
 }
 
 static void check_attend(const struct world *w, struct on_device *d, bool dense)
