@@ -144,52 +144,69 @@ template <uint32_t DIM> static __device__ void write_partial(struct attend_share
     }
 }
 
-/* Splits into one: their weights first, then sums of four dimensions a thread, the splits dealt out to what threads there are.
- */
+/* Splits into one. Four dimensions a thread, the splits dealt out to what threads there are; what they read is on its way while
+ * the splits' weights are worked out. */
+#define FLIGHT 18u
+
+template <uint32_t DIM>
+static __device__ void weigh_splits(const struct cuda_attend &a, const float *partials, uint32_t heads, uint64_t q_head,
+                                    float *weight, float *total)
+{
+    uint32_t h = threadIdx.x / WARP, lane = threadIdx.x % WARP, next = lane + WARP;
+    const float *p = partials + HEADS * DIM + h;
+    float max0 = lane < a.splits ? __ldcg(p + lane * PARTIAL(DIM)) : NOTHING;
+    float max1 = next < a.splits ? __ldcg(p + next * PARTIAL(DIM)) : NOTHING;
+    float sum0 = lane < a.splits ? __ldcg(p + lane * PARTIAL(DIM) + HEADS) : 0.0f;
+    float sum1 = next < a.splits ? __ldcg(p + next * PARTIAL(DIM) + HEADS) : 0.0f, most = fmaxf(max0, max1);
+    for (uint32_t s = 16; s; s /= 2)
+        most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, s));
+    max0 = exp2_fast(max0 - most), max1 = exp2_fast(max1 - most);
+    weight[h * 64 + lane] = max0, weight[h * 64 + next] = max1;
+    sum0 = sum0 * max0 + sum1 * max1;
+    for (uint32_t s = 16; s; s /= 2)
+        sum0 += __shfl_xor_sync(ALL_LANES, sum0, s);
+    if (lane == 0)
+        total[h] = sum0;
+    if (lane == 0 && h < heads && a.lse)
+        a.lse[q_head + h] = (most + log2f(sum0)) * 0.69314718f;
+}
+
 template <uint32_t DIM>
 static __device__ void write_result(const struct cuda_attend &a, struct attend_shared<DIM> *m, const float *partials,
                                     uint64_t q_head, uint32_t heads)
 {
     constexpr uint32_t QUADS = HEADS * DIM / 4, LANES = THREADS / QUADS ? THREADS / QUADS : 1;
     float *weight = (float *)m->address, *total = weight + HEADS * 64; /* [HEADS][64], [HEADS] */
-    uint32_t t = threadIdx.x, quad = t % QUADS, first = t / QUADS;
+    uint32_t quad = threadIdx.x % QUADS, first = threadIdx.x / QUADS;
     float4 sum = make_float4(0, 0, 0, 0);
-    __syncthreads();
-    if (t < HEADS * WARP) {
-        uint32_t h = t / WARP, lane = t % WARP;
-        const float *p = partials + HEADS * DIM + h;
-        float max0 = lane < a.splits ? __ldcg(p + lane * PARTIAL(DIM)) : NOTHING, most = max0;
-        float max1 = lane + WARP < a.splits ? __ldcg(p + (lane + WARP) * PARTIAL(DIM)) : NOTHING;
-        float sum0 = lane < a.splits ? __ldcg(p + lane * PARTIAL(DIM) + HEADS) : 0.0f;
-        float sum1 = lane + WARP < a.splits ? __ldcg(p + (lane + WARP) * PARTIAL(DIM) + HEADS) : 0.0f;
-        most = fmaxf(max0, max1);
-        for (uint32_t s = 16; s; s /= 2)
-            most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, s));
-        max0 = exp2_fast(max0 - most), max1 = exp2_fast(max1 - most);
-        weight[h * 64 + lane] = max0, weight[h * 64 + lane + WARP] = max1;
-        sum0 = sum0 * max0 + sum1 * max1;
-        for (uint32_t s = 16; s; s /= 2)
-            sum0 += __shfl_xor_sync(ALL_LANES, sum0, s);
-        if (lane == 0) {
-            total[h] = sum0;
-            if (h < heads && a.lse)
-                a.lse[q_head + h] = (most + log2f(sum0)) * 0.69314718f;
+    for (uint32_t begin = first; begin < a.splits + LANES; begin += FLIGHT * LANES) {
+        float4 v[FLIGHT];
+#pragma unroll
+        for (uint32_t i = 0; i < FLIGHT; i++) {
+            uint32_t s = begin + i * LANES;
+            v[i] = s < a.splits && first < LANES ? __ldcg((const float4 *)(partials + s * PARTIAL(DIM)) + quad)
+                                                 : make_float4(0, 0, 0, 0);
+        }
+        if (begin == first) {
+            if (threadIdx.x < HEADS * WARP)
+                weigh_splits<DIM>(a, partials, heads, q_head, weight, total);
+            __syncthreads();
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < FLIGHT; i++) {
+            uint32_t s = begin + i * LANES;
+            float w = s < a.splits ? weight[quad * 4 / DIM * 64 + s] : 0.0f;
+            sum.x = fmaf(v[i].x, w, sum.x), sum.y = fmaf(v[i].y, w, sum.y);
+            sum.z = fmaf(v[i].z, w, sum.z), sum.w = fmaf(v[i].w, w, sum.w);
         }
     }
-    __syncthreads();
-    if (first < LANES)
-#pragma unroll 8
-        for (uint32_t s = first; s < a.splits; s += LANES) {
-            float4 v = __ldcg((const float4 *)(partials + s * PARTIAL(DIM)) + quad);
-            float w = weight[quad * 4 / DIM * 64 + s];
-            sum.x = fmaf(v.x, w, sum.x), sum.y = fmaf(v.y, w, sum.y), sum.z = fmaf(v.z, w, sum.z), sum.w = fmaf(v.w, w, sum.w);
-        }
     float4 *shares = (float4 *)m->out; /* [LANES][QUADS] */
     if (first < LANES)
         shares[first * QUADS + quad] = sum;
     __syncthreads();
     if (first || quad * 4 / DIM >= heads)
         return;
+#pragma unroll
     for (uint32_t l = 1; l < LANES; l++) {
         float4 v = shares[l * QUADS + quad];
         sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;

@@ -89,16 +89,21 @@ static __device__ struct threshold find(const struct cuda_attend &a, struct pick
     }
     __syncthreads();
     uint32_t merged = 0;
+#pragma unroll 8
     for (uint32_t r = 0; r < a.parts; r++)
         merged += m->fine[r][lane];
     uint32_t reached = __ballot_sync(ALL_LANES, merged >= k), at = reached ? 31 - __clz(reached) : 0;
     struct threshold t = {bucket * 32 + at, k, 0, 0};
-    for (uint32_t r = 0; r < a.parts; r++) {
+    uint32_t above = 0;
+    for (uint32_t r = lane; r < a.parts; r += WARP) {
         uint32_t greater = m->fine[r][at + 1], equal = m->fine[r][at] - greater;
-        t.ties -= greater;
+        above += greater;
         t.before_greater += r < part ? greater : 0;
         t.before_equal += r < part ? equal : 0;
     }
+    t.ties -= __reduce_add_sync(ALL_LANES, above);
+    t.before_greater = __reduce_add_sync(ALL_LANES, t.before_greater);
+    t.before_equal = __reduce_add_sync(ALL_LANES, t.before_equal);
     return t;
 }
 
@@ -149,34 +154,61 @@ static __device__ void place(const struct threshold &t, const uint4 &v, uint32_t
     *greater += total & 0xffffu, *equal += total >> 16;
 }
 
-static __device__ void compact(struct pick_shared *m, const struct threshold &t, const uint16_t *codes, uint32_t begin,
-                               uint32_t end, uint32_t *index, uint16_t *scores)
+/* A warp's tokens: contiguous, 256 at a time. The first HELD times are read before the threshold is known and kept. */
+#define HELD 8u
+struct share {
+    const uint16_t *codes;
+    uint32_t first, last;
+    uint4 held[HELD];
+};
+
+static __device__ __forceinline__ uint4 load_codes(const struct share &s, uint32_t at)
 {
-    uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    uint32_t per = PKV_ALIGN_UP(PKV_DIV_UP(end - begin, WARPS), 256u), first = min(begin + warp * per, end);
-    uint32_t last = min(first + per, end), greater = 0, equal = 0;
-    auto load = [&](uint32_t at) {
-        uint32_t token = at + lane * 8;
-        return token < last ? *(const uint4 *)(codes + token) : make_uint4(0, 0, 0, 0);
-    };
+    uint32_t token = at + threadIdx.x % WARP * 8;
+    return token < s.last ? *(const uint4 *)(s.codes + token) : make_uint4(0, 0, 0, 0);
+}
+
+static __device__ __forceinline__ struct share share_of(const uint16_t *codes, uint32_t begin, uint32_t end)
+{
+    struct share s;
+    uint32_t per = PKV_ALIGN_UP(PKV_DIV_UP(end - begin, WARPS), 256u);
+    s.codes = codes, s.first = min(begin + threadIdx.x / WARP * per, end), s.last = min(s.first + per, end);
+#pragma unroll
+    for (uint32_t i = 0; i < HELD; i++)
+        s.held[i] = load_codes(s, s.first + i * 256);
+    return s;
+}
+
+static __device__ __forceinline__ void count(const uint4 &v, uint32_t code, uint32_t *greater, uint32_t *equal)
+{
+    uint32_t n = most_of(v) >= code ? tally(v, code) : 0;
+    *greater += n & 0xffffu, *equal += n >> 16;
+}
+
+static __device__ void compact(struct pick_shared *m, const struct threshold &t, const struct share &s, uint32_t *index,
+                               uint16_t *scores)
+{
+    uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, greater = 0, equal = 0;
+#pragma unroll
+    for (uint32_t i = 0; i < HELD; i++)
+        count(s.held[i], t.code, &greater, &equal);
 #pragma unroll 4
-    for (uint32_t at = first; at < last; at += 256) {
-        uint4 v = load(at);
-        uint32_t n = most_of(v) >= t.code ? tally(v, t.code) : 0;
-        greater += n & 0xffffu, equal += n >> 16;
-    }
+    for (uint32_t at = s.first + HELD * 256; at < s.last; at += 256)
+        count(load_codes(s, at), t.code, &greater, &equal);
     greater = __reduce_add_sync(ALL_LANES, greater), equal = __reduce_add_sync(ALL_LANES, equal);
     if (lane == 0)
         m->greater[warp] = greater, m->equal[warp] = equal;
     __syncthreads();
-    uint32_t g = t.before_greater, e = t.before_equal;
-    for (uint32_t w = 0; w < warp; w++)
-        g += m->greater[w], e += m->equal[w];
     if (greater + equal == 0)
         return;
-#pragma unroll 4
-    for (uint32_t at = first; at < last; at += 256) {
-        uint4 v = load(at);
+    uint32_t g = t.before_greater + __reduce_add_sync(ALL_LANES, lane < warp ? m->greater[lane % WARPS] : 0);
+    uint32_t e = t.before_equal + __reduce_add_sync(ALL_LANES, lane < warp ? m->equal[lane % WARPS] : 0);
+#pragma unroll
+    for (uint32_t i = 0; i < HELD; i++)
+        if (__any_sync(ALL_LANES, most_of(s.held[i]) >= t.code))
+            place(t, s.held[i], s.first + i * 256, lane, &g, &e, index, scores);
+    for (uint32_t at = s.first + HELD * 256; at < s.last; at += 256) {
+        uint4 v = load_codes(s, at);
         if (__any_sync(ALL_LANES, most_of(v) >= t.code))
             place(t, v, at, lane, &g, &e, index, scores);
     }
@@ -195,7 +227,7 @@ static __device__ void write_ends(const struct cuda_attend &a, const struct span
         a.work.chosen[list] = after + recent;
 }
 
-__global__ void __launch_bounds__(THREADS) pick_kernel(const __grid_constant__ struct cuda_attend a)
+__global__ void __launch_bounds__(THREADS, 2) pick_kernel(const __grid_constant__ struct cuda_attend a)
 {
     __shared__ struct pick_shared m;
     uint32_t list = blockIdx.x / a.parts, part = blockIdx.x % a.parts, query = list / a.geom.kv_heads;
@@ -216,11 +248,11 @@ __global__ void __launch_bounds__(THREADS) pick_kernel(const __grid_constant__ s
         write_ends(a, span, list, k);
     if (!k)
         return;
-    struct threshold t = find(a, &m, counts, part, k);
     part_of(a, span, part, &begin, &end);
+    struct share share = share_of(a.work.codes + list * codes_stride(a), begin * PKV_BLOCK_TOKENS, end * PKV_BLOCK_TOKENS);
+    struct threshold t = find(a, &m, counts, part, k);
     uint64_t to = (uint64_t)list * cuda_rows_max(&a.policy) + span.first;
-    compact(&m, t, a.work.codes + list * codes_stride(a), begin * PKV_BLOCK_TOKENS, end * PKV_BLOCK_TOKENS, a.work.index + to,
-            a.work.scores + to);
+    compact(&m, t, share, a.work.index + to, a.work.scores + to);
 }
 
 extern "C" int cuda_pick_preload(void)

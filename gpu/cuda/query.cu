@@ -153,62 +153,90 @@ static __device__ void tile_addresses(const struct cuda_attend &a, struct bias_t
     }
 }
 
-/* Two neighbouring numbers. */
-static __device__ __forceinline__ float2 load_pair(const float *p)
-{
-    return *(const float2 *)p;
-}
-static __device__ __forceinline__ float2 load_pair(const __half *p)
-{
-    return __half22float2(*(const __half2 *)p);
-}
-static __device__ __forceinline__ float2 load_pair(const __nv_bfloat16 *p)
-{
-    return __bfloat1622float2(*(const __nv_bfloat162 *)p);
-}
+/* Two neighbouring numbers, as they lie. */
+template <typename T> struct pair;
+template <> struct pair<float> {
+    typedef float2 type;
+    static __device__ __forceinline__ float2 value(float2 p)
+    {
+        return p;
+    }
+};
+template <> struct pair<__half> {
+    typedef __half2 type;
+    static __device__ __forceinline__ float2 value(__half2 p)
+    {
+        return __half22float2(p);
+    }
+};
+template <> struct pair<__nv_bfloat16> {
+    typedef __nv_bfloat162 type;
+    static __device__ __forceinline__ float2 value(__nv_bfloat162 p)
+    {
+        return __bfloat1622float2(p);
+    }
+};
 
-/* Exact scores in units of log2. Sixteen lanes have a row; ROWS rows are on their way at a time, for the wait is what costs. */
-#define ROWS  4u
-#define PAIRS (PKV_HEAD_DIM_MAX / 32)
-template <typename T>
+/* Exact scores in units of log2. Sixteen lanes have a row; as many rows as registers hold are on their way at a time, for the
+ * wait is what costs: at head_dim 128 and 16 bits, all 256 of a tile. */
+template <typename T, uint32_t USED>
 static __device__ void tile_exact(const struct cuda_attend &a, const struct query_shared *m, struct bias_tile *t, uint32_t rows,
                                   uint32_t first_warp)
 {
+    constexpr uint32_t ROWS = 48 * 2 / sizeof(T) / USED > 12 ? 12 : 48 * 2 / sizeof(T) / USED;
     const struct pkv_geom &g = a.geom;
     uint32_t group = pkv_geom_group(&g), lane = threadIdx.x % 16, stride = (THREADS - first_warp * WARP) / 16;
     if (threadIdx.x / WARP < first_warp)
         return;
     for (uint32_t first = (threadIdx.x - first_warp * WARP) / 32 * 2; first < rows; first += ROWS * stride) {
-        float2 k[ROWS][PAIRS];
+        typename pair<T>::type k[ROWS][USED];
+        uint32_t mine = first + threadIdx.x / 16 % 2;
 #pragma unroll
         for (uint32_t r = 0; r < ROWS; r++) {
-            uint32_t i = first + threadIdx.x / 16 % 2 + r * stride;
-            const T *key = (const T *)t->row[min(i, rows - 1)];
+            const T *key = (const T *)t->row[min(mine + r * stride, rows - 1)];
 #pragma unroll
-            for (uint32_t j = 0; j < PAIRS; j++)
-                if (j * 32 < g.head_dim)
-                    k[r][j] = load_pair(key + j * 32 + 2 * lane);
+            for (uint32_t j = 0; j < USED; j++)
+                k[r][j] = *(const typename pair<T>::type *)(key + j * 32 + 2 * lane);
         }
         for (uint32_t h = 0; h < group; h++) {
             float dot[ROWS] = {};
 #pragma unroll
-            for (uint32_t j = 0; j < PAIRS; j++)
-                if (j * 32 < g.head_dim) {
-                    float2 q = *(const float2 *)&m->q[h][j * 32 + 2 * lane];
+            for (uint32_t j = 0; j < USED; j++) {
+                float2 q = *(const float2 *)&m->q[h][j * 32 + 2 * lane];
 #pragma unroll
-                    for (uint32_t r = 0; r < ROWS; r++)
-                        dot[r] = fmaf(k[r][j].x, q.x, fmaf(k[r][j].y, q.y, dot[r]));
+                for (uint32_t r = 0; r < ROWS; r++) {
+                    float2 x = pair<T>::value(k[r][j]);
+                    dot[r] = fmaf(x.x, q.x, fmaf(x.y, q.y, dot[r]));
                 }
+            }
 #pragma unroll
             for (uint32_t r = 0; r < ROWS; r++) {
 #pragma unroll
                 for (uint32_t s = 8; s; s /= 2)
                     dot[r] += __shfl_xor_sync(ALL_LANES, dot[r], s);
-                uint32_t i = first + threadIdx.x / 16 % 2 + r * stride;
-                if (lane == 0 && i < rows)
-                    t->exact[h][i] = dot[r] * (a.policy.scale * LOG2E);
+                if (lane == 0 && mine + r * stride < rows)
+                    t->exact[h][mine + r * stride] = dot[r] * (a.policy.scale * LOG2E);
             }
         }
+    }
+}
+
+template <typename T>
+static __device__ void tile_scores(const struct cuda_attend &a, const struct query_shared *m, struct bias_tile *t,
+                                   uint32_t rows, uint32_t first_warp)
+{
+    switch (a.geom.head_dim) {
+    case 64:
+        tile_exact<T, 2>(a, m, t, rows, first_warp);
+        break;
+    case 96:
+        tile_exact<T, 3>(a, m, t, rows, first_warp);
+        break;
+    case 128:
+        tile_exact<T, 4>(a, m, t, rows, first_warp);
+        break;
+    default:
+        tile_exact<T, 8>(a, m, t, rows, first_warp);
     }
 }
 
@@ -253,7 +281,7 @@ static __device__ void write_biases(const struct cuda_attend &a, struct query_sh
             __syncthreads();
             tile_addresses(a, t, head, span, blocks_of(a, blockIdx.x / a.geom.kv_heads), begin, rows);
             __syncthreads();
-            tile_exact<T>(a, m, t, rows, 0);
+            tile_scores<T>(a, m, t, rows, 0);
         }
         __syncthreads();
         /* A warp takes 32 rows of a head at a time. */
@@ -281,15 +309,21 @@ static __device__ void write_biases(const struct cuda_attend &a, struct query_sh
         }
     }
     __syncthreads();
-    uint32_t h = threadIdx.x;
-    if (h >= group)
+    if (warp >= group)
         return;
+    /* A warp joins what the warps found of its head. */
     struct reference r = {NOTHING, 0, 0};
-    for (uint32_t w = 0; w < WARPS; w++)
-        join(r, m->max[w][h], m->sum[w][h], m->shift[w][h]);
+    if (lane < WARPS)
+        r = (struct reference){m->max[lane][warp], m->sum[lane][warp], m->shift[lane][warp]};
+    for (uint32_t s = 16; s; s /= 2)
+        join(r, __shfl_xor_sync(ALL_LANES, r.max, s), __shfl_xor_sync(ALL_LANES, r.sum, s),
+             __shfl_xor_sync(ALL_LANES, r.shift, s));
     float bias = fitted ? r.shift / (float)fitted - (r.max + log2f(r.sum)) : 0.0f;
-    a.work.biases[q_head + h] = isfinite(bias) ? bias : 0.0f;
+    if (lane == 0)
+        a.work.biases[q_head + warp] = isfinite(bias) ? bias : 0.0f;
 }
+
+static_assert(WARPS >= PKV_GROUP_MAX && WARPS <= WARP, "a warp for each head, a lane for each warp");
 
 template <typename T> __global__ void __launch_bounds__(THREADS) query_kernel(const __grid_constant__ struct cuda_attend a)
 {
@@ -326,7 +360,7 @@ template <typename T> __global__ void __launch_bounds__(THREADS) query_kernel(co
     if (!softmax)
         return;
     if (rows)
-        tile_exact<T>(a, m, t, rows, busy);
+        tile_scores<T>(a, m, t, rows, busy);
     write_biases<T>(a, m, t, head, q_head, span);
 }
 

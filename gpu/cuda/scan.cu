@@ -15,6 +15,7 @@
 struct scan_shared {
     uint32_t counts[2048 + 8];
     uint32_t warp_sums[WARPS];
+    uint32_t floor; /* codes below it cannot be among the k best: this part alone has k at or above it */
 };
 
 /* D = popc(A and B), A 16 tokens x 128 bits, B 128 bits x 8 columns. */
@@ -32,6 +33,11 @@ static __device__ __forceinline__ uint4 load_once(const uint4 *p)
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(p));
     return v;
+}
+
+static __device__ __forceinline__ void prefetch(const char *line)
+{
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
 }
 
 /* Planes of the four heads of a set, as this lane's part of B: column = lane / 4 = 2 x head + parity, product m has planes 2m
@@ -138,6 +144,17 @@ static __device__ __forceinline__ void load_tile(const uint4 *block, uint32_t wo
         }
 }
 
+/* The least code worth counting rises while a part is scanned. Counts below the final threshold may then be too low, never
+ * those at or above it, so the result does not depend on when a warp looks. To steps of 32 codes. */
+static __device__ void raise_floor(struct scan_shared *m, uint32_t k, uint32_t lane)
+{
+    uint32_t row = 64, seen = 0;
+    while (row > 1 && seen < k)
+        seen += __reduce_add_sync(ALL_LANES, *(volatile uint32_t *)&m->counts[--row * 32 + lane]);
+    if (lane == 0 && seen >= k)
+        atomicMax(&m->floor, row * 32);
+}
+
 /* The counts become suffix sums, in place and in global memory: fine [2049], coarse [64] (every 32nd). */
 static __device__ void write_counts(struct scan_shared *m, uint32_t *to)
 {
@@ -174,6 +191,8 @@ __global__ void __launch_bounds__(THREADS, SETS == 1 && K == 1 ? 2 : 1)
     uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, words = pkv_geom_words(&g);
     for (uint32_t i = threadIdx.x; i < 2048 + 8; i += THREADS)
         m.counts[i] = 0;
+    if (threadIdx.x == 0)
+        m.floor = 0;
     struct span span = span_of(a, query);
     if (span.dense) {
         wait_for_former(); /* a grid that ends early would let later ones pass the former */
@@ -198,18 +217,23 @@ __global__ void __launch_bounds__(THREADS, SETS == 1 && K == 1 ? 2 : 1)
     __syncthreads();
     struct planes<SETS, K> p;
     load_planes<SETS, K>(a, (uint64_t)query * g.q_heads + head * pkv_geom_group(&g), lane, p);
+    uint64_t from = __shfl_sync(ALL_LANES, now, 1);
     for (uint32_t i = 0; i < mine; i++) {
-        if ((i + 1) % WARP == 0)
-            now = next, next = address(i + 1 + WARP);
-        uint64_t from = __shfl_sync(ALL_LANES, now, (i + 1) % WARP);
         load_tile<K>((const uint4 *)from, words, lane, ahead);
-        uint32_t b = begin + warp + i * WARPS;
+        if ((i + 2) % WARP == 0)
+            now = next, next = address(i + 2 + WARP);
+        from = __shfl_sync(ALL_LANES, now, (i + 2) % WARP);
+        if (from && lane < 2 * words) /* registers hold one tile ahead, the cache another */
+            prefetch((const char *)from + lane * 128);
+        if (i % WARPS == warp && i && a.policy.top_p <= 0)
+            raise_floor(&m, a.policy.k, lane);
+        uint32_t b = begin + warp + i * WARPS, floor = *(volatile uint32_t *)&m.floor;
 #pragma unroll
         for (uint32_t half = 0; half < 2; half++) {
             uint32_t token = b * PKV_BLOCK_TOKENS + half * 32 + lane, code = code_of<SETS, K>(current.half[half], p, lane);
             bool candidate = token >= span.first && token < span.last;
             codes[token] = candidate ? (uint16_t)code : 0;
-            if (candidate)
+            if (candidate && code >= floor)
                 atomicAdd(&m.counts[code], 1u);
         }
         current = ahead;
