@@ -8,14 +8,13 @@
  * adds them up. */
 #include "gpu/cuda/device.cuh"
 
-#define THREADS 512u
-#define WARPS   (THREADS / WARP)
-#define STEPS   2u /* of 128 bits, at most 256 */
+#define THREADS  512u
+#define WARPS    (THREADS / WARP)
+#define UNIT_INV 0x1p49f /* score() returns integers times its inverse */
 
 struct scan_shared {
     uint32_t counts[2048 + 8];
     uint32_t warp_sums[WARPS];
-    uint32_t floor; /* codes below it cannot be among the k best: this part alone has k at or above it */
 };
 
 /* D = popc(A and B), A 16 tokens x 128 bits, B 128 bits x 8 columns. */
@@ -35,16 +34,11 @@ static __device__ __forceinline__ uint4 load_once(const uint4 *p)
     return v;
 }
 
-static __device__ __forceinline__ void prefetch(const char *line)
-{
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
-}
-
 /* Planes of the four heads of a set, as this lane's part of B: column = lane / 4 = 2 x head + parity, product m has planes 2m
  * and 2m + 1, words lane % 4 of each step. Heads beyond the group are zero. */
 template <uint32_t SETS, uint32_t K> struct planes {
     uint32_t b[SETS][4][K];
-    float scale[SETS], bias[SETS];
+    float scale[SETS], bias[SETS]; /* scale: of what score() returns */
 };
 
 template <uint32_t SETS, uint32_t K>
@@ -63,14 +57,12 @@ static __device__ __forceinline__ void load_planes(const struct cuda_attend &a, 
                 p.b[set][m][k] = h < group && w < words ? a.work.planes[((q_head + h) * 8 + plane) * words + w] : 0;
             }
         bool there = mine < group;
-        p.scale[set] = there ? a.work.scales[q_head + mine] : 0.0f;
+        p.scale[set] = there ? a.work.scales[q_head + mine] * UNIT_INV : 0.0f;
         p.bias[set] = there && a.policy.rule == PKV_RULE_SOFTMAX ? a.work.biases[q_head + mine] : NOTHING;
     }
 }
 
 /* Scores of one head (set x 4 + lane % 4) for four tokens, exact integers as floats times 2^-49. */
-#define UNIT     0x1p-49f /* what score() returns for one */
-#define UNIT_INV 0x1p49f
 template <uint32_t K>
 static __device__ __forceinline__ void score(const uint4 (&s)[K], const uint32_t (&b)[4][K], float (&v)[4])
 {
@@ -113,14 +105,16 @@ static __device__ __forceinline__ float quad_sum(const float (&v)[4], uint32_t l
 template <uint32_t SETS, uint32_t K>
 static __device__ __forceinline__ uint32_t code_of(const uint4 (&s)[K], const struct planes<SETS, K> &p, uint32_t lane)
 {
-    float total[4] = {0, 0, 0, 0};
+    float total[4];
 #pragma unroll
     for (uint32_t set = 0; set < SETS; set++) {
         float v[4];
         score<K>(s, p.b[set], v);
 #pragma unroll
-        for (uint32_t j = 0; j < 4; j++)
-            total[j] += exp2_fast(fmaf(v[j], p.scale[set] * UNIT_INV, p.bias[set]));
+        for (uint32_t j = 0; j < 4; j++) {
+            float power = exp2_fast(fmaf(v[j], p.scale[set], p.bias[set]));
+            total[j] = set ? total[j] + power : power;
+        }
     }
     int code = (__float_as_int(quad_sum(total, lane)) >> 18) - CODE_BASE;
     return (uint32_t)min(max(code, 1), (int)CODE_MAX);
@@ -131,28 +125,40 @@ template <uint32_t K> struct tile {
     uint4 half[2][K];
 };
 
+/* Where this lane reads in a block, and whether at all: lanes beyond the signature's words hold zeros. */
+template <uint32_t K> struct lane_offsets {
+    uint32_t at[2][K];
+    bool there[K];
+};
+
 template <uint32_t K>
-static __device__ __forceinline__ void load_tile(const uint4 *block, uint32_t words, uint32_t lane, struct tile<K> &t)
+static __device__ __forceinline__ void load_tile(uint64_t block, const struct lane_offsets<K> &o, struct tile<K> &t)
 {
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++)
 #pragma unroll
-        for (uint32_t k = 0; k < K; k++) {
-            uint32_t w = k * 4 + lane % 4;
-            t.half[half][k] =
-                block && w < words ? load_once(block + (lane / 4 + 8 * half) * words + w) : make_uint4(0, 0, 0, 0);
-        }
+        for (uint32_t k = 0; k < K; k++)
+            t.half[half][k] = o.there[k] && block ? load_once((const uint4 *)(block + o.at[half][k])) : make_uint4(0, 0, 0, 0);
 }
 
-/* The least code worth counting rises while a part is scanned. Counts below the final threshold may then be too low, never
- * those at or above it, so the result does not depend on when a warp looks. To steps of 32 codes. */
-static __device__ void raise_floor(struct scan_shared *m, uint32_t k, uint32_t lane)
+/* Codes of a block's tokens, and their counts. Inside of the span every token is a candidate. */
+template <uint32_t SETS, uint32_t K>
+static __device__ __forceinline__ void score_tile(const struct tile<K> &t, const struct planes<SETS, K> &p,
+                                                  struct scan_shared *m, uint16_t *codes, uint32_t block,
+                                                  const struct span &span, uint32_t lane)
 {
-    uint32_t row = 64, seen = 0;
-    while (row > 1 && seen < k)
-        seen += __reduce_add_sync(ALL_LANES, *(volatile uint32_t *)&m->counts[--row * 32 + lane]);
-    if (lane == 0 && seen >= k)
-        atomicMax(&m->floor, row * 32);
+    uint32_t first = block * PKV_BLOCK_TOKENS + lane;
+    bool inside = block * PKV_BLOCK_TOKENS >= span.first && (block + 1) * PKV_BLOCK_TOKENS <= span.last;
+    uint32_t code[2] = {code_of<SETS, K>(t.half[0], p, lane), code_of<SETS, K>(t.half[1], p, lane)};
+    if (!inside) {
+        code[0] = first >= span.first && first < span.last ? code[0] : 0;
+        code[1] = first + 32 >= span.first && first + 32 < span.last ? code[1] : 0;
+    }
+    codes[first] = (uint16_t)code[0], codes[first + 32] = (uint16_t)code[1];
+    if (inside || code[0])
+        atomicAdd(&m->counts[code[0]], 1u);
+    if (inside || code[1])
+        atomicAdd(&m->counts[code[1]], 1u);
 }
 
 /* The counts become suffix sums, in place and in global memory: fine [2049], coarse [64] (every 32nd). */
@@ -191,8 +197,6 @@ __global__ void __launch_bounds__(THREADS, SETS == 1 && K == 1 ? 2 : 1)
     uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, words = pkv_geom_words(&g);
     for (uint32_t i = threadIdx.x; i < 2048 + 8; i += THREADS)
         m.counts[i] = 0;
-    if (threadIdx.x == 0)
-        m.floor = 0;
     struct span span = span_of(a, query);
     if (span.dense) {
         wait_for_former(); /* a grid that ends early would let later ones pass the former */
@@ -211,32 +215,29 @@ __global__ void __launch_bounds__(THREADS, SETS == 1 && K == 1 ? 2 : 1)
     };
     uint32_t mine = begin + warp < end ? (end - begin - warp + WARPS - 1) / WARPS : 0;
     uint64_t now = address(0), next = address(WARP);
-    struct tile<K> current, ahead;
-    load_tile<K>((const uint4 *)__shfl_sync(ALL_LANES, now, 0), words, lane, current);
+    struct lane_offsets<K> offsets;
+#pragma unroll
+    for (uint32_t k = 0; k < K; k++) {
+        offsets.there[k] = k * 4 + lane % 4 < words;
+        for (uint32_t half = 0; half < 2; half++)
+            offsets.at[half][k] = ((lane / 4 + 8 * half) * words + k * 4 + lane % 4) * 16;
+    }
+    struct tile<K> even, odd;
+    load_tile<K>(__shfl_sync(ALL_LANES, now, 0), offsets, even);
     wait_for_former();
     __syncthreads();
     struct planes<SETS, K> p;
     load_planes<SETS, K>(a, (uint64_t)query * g.q_heads + head * pkv_geom_group(&g), lane, p);
-    uint64_t from = __shfl_sync(ALL_LANES, now, 1);
-    for (uint32_t i = 0; i < mine; i++) {
-        load_tile<K>((const uint4 *)from, words, lane, ahead);
+    /* Registers hold one tile ahead. Two tiles a turn, so that none is moved; 32 is even, so addresses change at even turns. */
+    for (uint32_t i = 0; i < mine; i += 2) {
+        uint32_t b = begin + warp + i * WARPS;
+        load_tile<K>(__shfl_sync(ALL_LANES, now, (i + 1) % WARP), offsets, odd);
+        score_tile<SETS, K>(even, p, &m, codes, b, span, lane);
         if ((i + 2) % WARP == 0)
             now = next, next = address(i + 2 + WARP);
-        from = __shfl_sync(ALL_LANES, now, (i + 2) % WARP);
-        if (from && lane < 2 * words) /* registers hold one tile ahead, the cache another */
-            prefetch((const char *)from + lane * 128);
-        if (i % WARPS == warp && i && a.policy.top_p <= 0)
-            raise_floor(&m, a.policy.k, lane);
-        uint32_t b = begin + warp + i * WARPS, floor = *(volatile uint32_t *)&m.floor;
-#pragma unroll
-        for (uint32_t half = 0; half < 2; half++) {
-            uint32_t token = b * PKV_BLOCK_TOKENS + half * 32 + lane, code = code_of<SETS, K>(current.half[half], p, lane);
-            bool candidate = token >= span.first && token < span.last;
-            codes[token] = candidate ? (uint16_t)code : 0;
-            if (candidate && code >= floor)
-                atomicAdd(&m.counts[code], 1u);
-        }
-        current = ahead;
+        load_tile<K>(__shfl_sync(ALL_LANES, now, (i + 2) % WARP), offsets, even);
+        if (i + 1 < mine)
+            score_tile<SETS, K>(odd, p, &m, codes, b + WARPS, span, lane);
     }
     __syncthreads();
     write_counts(&m, a.work.counts + ((uint64_t)list * a.parts + part) * CUDA_COUNTS);
