@@ -88,24 +88,30 @@ static int sign_all_again(struct pkv_model *m, uint32_t first_layer, uint32_t la
     return r;
 }
 
-int model_learn(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t tokens, const void *k)
+int model_learn(struct pkv_seq *seq, const struct gpu_observation *o)
 {
     struct pkv_model *m = seq->model;
     bool changed;
-    if (tokens < STATE_MIN_TOKENS || gpu_scheme_settled(m->scheme))
+    if (o->tokens < STATE_MIN_TOKENS || gpu_scheme_settled(m->scheme))
         return 0;
     int r = model_state_fetch(m, &changed);
     if (r)
         return r;
     if (changed)
         return sign_all_again(m, 0, m->geom.layers);
-    if (!gpu_scheme_observe(m->scheme, layer, first, tokens, k))
+    if (!gpu_scheme_observe(m->scheme, o))
         return 0;
-    r = sign_all_again(m, layer, layer + 1);
+    r = sign_all_again(m, o->layer, o->layer + 1);
     if (r || !gpu_scheme_settled(m->scheme))
         return r;
     r = model_state_share(m, &changed);
     return r || !changed ? r : sign_all_again(m, 0, m->geom.layers);
+}
+
+static int learn_keys(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t tokens, const void *k)
+{
+    struct gpu_observation o = {.layer = layer, .tokens = tokens, .first_token = first, .context = seq->max_tokens, .k = k};
+    return model_learn(seq, &o);
 }
 
 /* Rows are signed while they are still in the cache, once the scheme has nothing more to learn from them. */
@@ -131,7 +137,7 @@ static int append_direct(struct pkv_seq *seq, uint32_t layer, uint64_t first, ui
                                        .k = (const char *)k + done * bytes,
                                        .v = (const char *)v + done * bytes};
         r = gpu_append(kv->gpu, &args);
-        r = r ? r : model_learn(seq, layer, first + done, n, args.k);
+        r = r ? r : learn_keys(seq, layer, first + done, n, args.k);
         r = r ? r : sign_rows(seq, layer, first + done, n, refs);
     }
     return r;

@@ -110,12 +110,32 @@ static int attend_direct(struct pkv_seq *const *seqs, uint32_t count, uint32_t l
     return gpu_attend(m->kv->gpu, &args);
 }
 
+/* Queries of a writer, to a scheme that still learns from them. */
+static int learn_queries(struct pkv_seq *const *seqs, const struct gpu_view *views, uint32_t count, uint32_t layer,
+                         const char *q)
+{
+    const struct pkv_model *m = seqs[0]->model;
+    uint64_t each = (uint64_t)m->geom.q_heads * m->geom.head_dim * pkv_dtype_bytes(m->geom.dtype);
+    int r = 0;
+    for (uint32_t i = 0; i < count && !r && !gpu_scheme_settled(m->scheme); q += views[i++].queries * each) {
+        struct gpu_observation o = {.layer = layer,
+                                    .tokens = views[i].queries,
+                                    .first_token = views[i].tokens - views[i].queries,
+                                    .context = seqs[i]->max_tokens,
+                                    .q = q};
+        if (seqs[i]->writer)
+            r = model_learn(seqs[i], &o);
+    }
+    return r;
+}
+
 static int attend(struct pkv_seq *const *seqs, const uint32_t *queries, uint32_t count, uint32_t layer, const void *q,
                   const struct gpu_policy *policy, float *out, float *lse, struct gpu_explain *explain)
 {
     struct gpu_view views[PKV_BATCH_MAX];
     struct pkv *kv = seqs[0]->model->kv;
     int r = views_of(seqs, queries, count, layer, views);
+    r = r ? r : learn_queries(seqs, views, count, layer, q);
     if (r)
         return r;
     pkv_epoch_enter(kv->region, kv->control);

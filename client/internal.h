@@ -86,9 +86,9 @@ int seq_cut(struct pkv_seq *seq, uint32_t layer, uint64_t tokens);
 void seq_claim(const struct pkv_seq *seq);
 void seq_forget(struct pkv_seq *seq);
 
-/* append.c: shows new keys (finite) to a scheme that still learns. What was signed before it learnt is signed again; what it
- * has learnt, once complete, is shared. */
-int model_learn(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t tokens, const void *k);
+/* append.c: shows keys or queries (finite) to a scheme that still learns. What was signed before it learnt is signed again;
+ * what it has learnt, once complete, is shared. Outside of an epoch. */
+int model_learn(struct pkv_seq *seq, const struct gpu_observation *observation);
 
 /* One call's queries of one sequence. */
 struct attend_part {

@@ -54,6 +54,7 @@ int pkv_model_open(struct pkv *kv, const struct pkv_model_desc *desc, struct pkv
     r = r ? r : socket_call(kv, &request, sizeof(request), -1, &reply, NULL);
     if (!r) {
         bool changed;
+        gpu_scheme_rope(m->scheme, request.rope_base, request.rope_dims, request.rope_interleaved);
         m->kv = kv, m->id = reply.id;
         r = model_state_fetch(m, &changed);
     }

@@ -174,10 +174,20 @@ int gpu_scheme_open(uint32_t kind, const struct pkv_geom *geom, const char *path
                     uint8_t ret_digest[PKV_DIGEST_BYTES]);
 void gpu_scheme_close(struct gpu_scheme *scheme);
 
-/* A scheme may still learn from the first tokens (`sign`: the keys' mean per layer and head; `code`, in a later issue: its
- * transform). `observe` shows it post-RoPE keys [tokens][kv_heads][head_dim] of a layer; true means that the layer's state
- * changed and blocks signed before must be signed again. */
-bool gpu_scheme_observe(struct gpu_scheme *scheme, uint32_t layer, uint64_t first_token, uint32_t tokens, const void *k);
+/* A scheme may still learn from the first tokens: `sign` the keys' mean per layer and head, `code` without a file its whole
+ * transform, from keys and queries. `code` must know how positions turn them (base 0: not at all). */
+void gpu_scheme_rope(struct gpu_scheme *scheme, float base, uint32_t dims, bool interleaved);
+
+/* Post-RoPE vectors of consecutive tokens of a layer. */
+struct gpu_observation {
+    uint32_t layer, tokens;
+    uint64_t first_token;
+    uint64_t context; /* tokens that are to be served, above zero */
+    const void *k;    /* [tokens][kv_heads][head_dim] or NULL */
+    const void *q;    /* [tokens][q_heads][head_dim] or NULL */
+};
+/* True: the layer's state changed, and blocks signed before must be signed again. */
+bool gpu_scheme_observe(struct gpu_scheme *scheme, const struct gpu_observation *observation);
 bool gpu_scheme_settled(const struct gpu_scheme *scheme); /* no layer will change any more */
 
 /* The learnt state as bytes, so that other workers sign alike. Import refuses what does not fit: -PKV_ERR_FILE_FIT. */

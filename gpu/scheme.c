@@ -14,15 +14,15 @@ int gpu_scheme_open(uint32_t kind, const struct pkv_geom *geom, const char *path
         e = pkv_check_scheme(kind, geom);
     if (e != PKV_ERR_OK)
         return -(int)e;
-    /* `sign` needs no weights; the others have them in a file until `code` calibrates itself. */
-    if ((kind == PKV_SCHEME_SIGN) != !path)
+    /* `sign` takes no weights; `code` has them in a file or learns them; the others need a file. */
+    if (path ? kind == PKV_SCHEME_SIGN : kind != PKV_SCHEME_SIGN && kind != PKV_SCHEME_CODE)
         return -PKV_ERR_UNSUPPORTED;
     struct gpu_scheme *s = calloc(1, sizeof(*s));
     if (!s)
         return -PKV_ERR_NO_MEMORY;
     s->kind = kind, s->geom = *geom, s->unit = 1.0f;
     memset(ret_digest, 0, PKV_DIGEST_BYTES);
-    int r = kind == PKV_SCHEME_SIGN ? scheme_sign_open(s) : scheme_file_open(s, path, ret_digest);
+    int r = path ? scheme_file_open(s, path, ret_digest) : kind == PKV_SCHEME_SIGN ? scheme_sign_open(s) : scheme_learn_open(s);
     if (r) {
         gpu_scheme_close(s);
         return r;
@@ -39,6 +39,7 @@ void gpu_scheme_close(struct gpu_scheme *s)
         free(s->k[i].weight), free(s->k[i].bias);
         free(s->q[i].weight), free(s->q[i].bias);
     }
+    scheme_moments_free(s);
     free(s->signs), free(s->mean), free(s->deviation), free(s->learnt);
     free(s->low), free(s->step), free(s->bits);
     free(s);

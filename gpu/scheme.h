@@ -4,6 +4,8 @@
 
 #include "gpu/internal.h"
 
+#define SCHEME_SOLVED 2 /* learnt[layer]: `code` is calibrated there */
+
 #define SCHEME_STAGES_MAX 4u    /* of `hash`'s MLPs */
 #define SCHEME_WIDTH_MAX  1024u /* of their hidden layers */
 
@@ -13,8 +15,19 @@ struct scheme_map {
     uint32_t out, in;
 };
 
+/* What `code` gathers before it is solved. Moments are sums, lower triangles column by column. */
+struct scheme_moments {
+    float *k, *q;                         /* [layers][kv_heads][head_dim][head_dim] */
+    double *k_sum;                        /* [layers][kv_heads][head_dim] */
+    uint32_t *k_tokens, *q_tokens;        /* [layers] */
+    uint8_t *given_up;                    /* [layers] */
+    uint32_t rope_dims, rope_interleaved; /* 0 dims: no rope */
+    double frequencies[PKV_HEAD_DIM_MAX / 2];
+};
+
 struct gpu_scheme {
     uint32_t kind;
+    struct scheme_moments *moments; /* `code` without a file, until it is solved; else NULL */
     struct pkv_geom geom;
     const struct scheme_verbs *verbs;
     /* sign */
@@ -23,7 +36,7 @@ struct gpu_scheme {
     float *signs;     /* [bases][2][head_dim] of +-1 */
     float *mean;      /* [layers][kv_heads][head_dim]; linear and code too */
     float *deviation; /* [layers][kv_heads][sig_bits] of the rotated channel; 1 until learnt */
-    uint8_t *learnt;  /* [layers] */
+    uint8_t *learnt;  /* [layers]; NULL: nothing to learn */
     /* linear, hash, code: keys' and queries' maps; their stages in a row, SiLU between */
     struct scheme_map k[SCHEME_STAGES_MAX], q[SCHEME_STAGES_MAX];
     uint32_t k_stages, q_stages;
@@ -47,6 +60,14 @@ struct scheme_verbs {
 
 /* scheme_sign.c */
 int scheme_sign_open(struct gpu_scheme *scheme);
+bool scheme_sign_observe(struct gpu_scheme *scheme, const struct gpu_observation *observation);
+extern const struct scheme_verbs scheme_sign_verbs, scheme_code_verbs, scheme_learn_verbs;
+/* scheme_learn.c: `code` that calibrates itself. -PKV_ERR_UNSUPPORTED: built without LAPACK. */
+int scheme_learn_open(struct gpu_scheme *scheme);
+bool scheme_learn_observe(struct gpu_scheme *scheme, const struct gpu_observation *observation);
+void scheme_moments_free(struct gpu_scheme *scheme);
+/* scheme_solve.c: a layer's maps, levels and bits from its moments. */
+int scheme_solve_layer(struct gpu_scheme *scheme, uint32_t layer);
 /* scheme_file.c: linear, hash, code. */
 int scheme_file_open(struct gpu_scheme *scheme, const char *path, uint8_t ret_digest[PKV_DIGEST_BYTES]);
 

@@ -123,13 +123,19 @@ static int load_code(struct gpu_scheme *s, const struct safetensors *st)
 
 /* ---- using ---- */
 
-static void apply(const struct gpu_kernels *kernels, const struct scheme_map *map, uint64_t at, const float *from, float *to)
+static void apply_first(const struct gpu_kernels *kernels, const struct scheme_map *map, uint64_t at, uint32_t count,
+                        const float *from, float *to)
 {
-    for (uint32_t o = 0; o < map->out; o++) {
+    for (uint32_t o = 0; o < count; o++) {
         to[o] = kernels->dot(map->weight + (at * map->out + o) * map->in, from, map->in);
         if (map->bias)
             to[o] += map->bias[at * map->out + o];
     }
+}
+
+static void apply(const struct gpu_kernels *kernels, const struct scheme_map *map, uint64_t at, const float *from, float *to)
+{
+    apply_first(kernels, map, at, map->out, from, to);
 }
 
 static void apply_mlp(const struct gpu_kernels *kernels, const struct scheme_map *maps, uint32_t stages, uint64_t at,
@@ -208,16 +214,25 @@ static void hash_weigh(const struct gpu_scheme *s, const struct gpu_kernels *ker
     *ret_unit = s->unit;
 }
 
+/* Dimensions up to the last one that has bits. */
+static uint32_t dims_used(const struct gpu_scheme *s, uint64_t at)
+{
+    uint32_t used = s->dims;
+    while (used && !s->bits[at * s->dims + used - 1])
+        used--;
+    return used;
+}
+
 static void code_sign(const struct gpu_scheme *s, const struct gpu_kernels *kernels, uint32_t layer, uint32_t head,
                       const float *key, uint32_t *words)
 {
     uint64_t at = (uint64_t)layer * s->geom.kv_heads + head;
     float k[PKV_HEAD_DIM_MAX], values[PKV_HEAD_DIM_MAX];
-    uint32_t bit = 0;
+    uint32_t bit = 0, used = dims_used(s, at);
     centre(s, at, key, k);
-    apply(kernels, &s->k[0], at, k, values);
+    apply_first(kernels, &s->k[0], at, used, k, values);
     memset(words, 0, pkv_geom_words(&s->geom) * sizeof(*words));
-    for (uint32_t i = 0; i < s->dims; i++) {
+    for (uint32_t i = 0; i < used; i++) {
         uint64_t dim = at * s->dims + i;
         float most = (float)((1u << s->bits[dim]) - 1), level = floorf((values[i] - s->low[dim]) / s->step[dim]);
         uint32_t code = (uint32_t)(level < 0 ? 0 : level > most ? most : level);
@@ -231,9 +246,9 @@ static void code_weigh(const struct gpu_scheme *s, const struct gpu_kernels *ker
 {
     uint64_t at = (uint64_t)layer * s->geom.kv_heads + q_head / pkv_geom_group(&s->geom);
     float values[PKV_HEAD_DIM_MAX];
-    uint32_t bit = 0;
-    apply(kernels, &s->q[0], at, query, values);
-    for (uint32_t i = 0; i < s->dims; i++) {
+    uint32_t bit = 0, used = dims_used(s, at);
+    apply_first(kernels, &s->q[0], at, used, query, values);
+    for (uint32_t i = 0; i < used; i++) {
         uint64_t dim = at * s->dims + i;
         for (uint32_t p = 0; p < s->bits[dim]; p++)
             weights[bit++] = values[i] * s->step[dim] * (float)(1u << p);
@@ -241,8 +256,8 @@ static void code_weigh(const struct gpu_scheme *s, const struct gpu_kernels *ker
     *ret_unit = s->unit * scale * 1.44269504f;
 }
 
-static const struct scheme_verbs linear = {linear_sign, linear_weigh}, hash = {hash_sign, hash_weigh},
-                                 code = {code_sign, code_weigh};
+static const struct scheme_verbs linear = {linear_sign, linear_weigh}, hash = {hash_sign, hash_weigh};
+const struct scheme_verbs scheme_code_verbs = {code_sign, code_weigh};
 
 /* "unit" in the metadata: log2-score of one unit of weight, relative to what the scheme assumes. */
 static int load_unit(struct gpu_scheme *s, const struct safetensors *st)
@@ -261,7 +276,7 @@ int scheme_file_open(struct gpu_scheme *s, const char *path, uint8_t ret_digest[
     int r = safetensors_open(path, &st, ret_digest);
     if (r)
         return r;
-    s->verbs = s->kind == PKV_SCHEME_LINEAR ? &linear : s->kind == PKV_SCHEME_HASH ? &hash : &code;
+    s->verbs = s->kind == PKV_SCHEME_LINEAR ? &linear : s->kind == PKV_SCHEME_HASH ? &hash : &scheme_code_verbs;
     r = s->kind == PKV_SCHEME_LINEAR ? load_linear(s, &st) : s->kind == PKV_SCHEME_HASH ? load_hash(s, &st) : load_code(s, &st);
     r = r ? r : load_unit(s, &st);
     safetensors_close(&st);

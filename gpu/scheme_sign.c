@@ -1,7 +1,7 @@
 /* `sign`: which channels of a fixed random rotation of (k - mean) are positive; the query's weights are its rotated channels
  * times the keys' spread there, so that the sum over the bits estimates q . k. The mean and the spread are learnt once per
  * layer from the first keys that a model is shown, sinks left out; they are the scheme's state, which workers share. A
- * self-calibrated `code` learns in the same place. */
+ * `code` without a file serves as this until it is calibrated. */
 #include "gpu/scheme.h"
 
 #include <stdlib.h>
@@ -57,13 +57,13 @@ static void weigh(const struct gpu_scheme *s, const struct gpu_kernels *kernels,
     *ret_unit = 2.0f * scale * 1.44269504f * sqrtf(partial) / (float)s->bases;
 }
 
-static const struct scheme_verbs verbs = {sign, weigh};
+const struct scheme_verbs scheme_sign_verbs = {sign, weigh};
 
 int scheme_sign_open(struct gpu_scheme *s)
 {
     const struct pkv_geom *g = &s->geom;
     uint64_t heads = (uint64_t)g->layers * g->kv_heads;
-    s->verbs = &verbs, s->seed = 0x70766b76ull;
+    s->verbs = &scheme_sign_verbs, s->seed = 0x70766b76ull;
     s->bases = PKV_DIV_UP(g->sig_bits, g->head_dim);
     s->signs = malloc(2ull * s->bases * g->head_dim * sizeof(float));
     s->mean = calloc(heads * g->head_dim, sizeof(float));
@@ -105,74 +105,15 @@ static void learn_head(struct gpu_scheme *s, uint32_t layer, uint32_t head, uint
     }
 }
 
-bool gpu_scheme_observe(struct gpu_scheme *s, uint32_t layer, uint64_t first_token, uint32_t tokens, const void *k)
+bool scheme_sign_observe(struct gpu_scheme *s, const struct gpu_observation *o)
 {
-    if (layer >= s->geom.layers || !s->learnt || s->learnt[layer])
+    if (s->learnt[o->layer] || !o->k)
         return false;
-    uint32_t skip = first_token < SKIP ? (uint32_t)(SKIP - first_token) : 0;
-    tokens = PKV_MIN(tokens, LEARN_MAX);
+    uint32_t skip = o->first_token < SKIP ? (uint32_t)(SKIP - o->first_token) : 0, tokens = PKV_MIN(o->tokens, LEARN_MAX);
     if (tokens < skip + LEARN_MIN)
         return false;
     for (uint32_t h = 0; h < s->geom.kv_heads; h++)
-        learn_head(s, layer, h, skip, tokens, k);
-    s->learnt[layer] = 1;
+        learn_head(s, o->layer, h, skip, tokens, o->k);
+    s->learnt[o->layer] = 1;
     return true;
-}
-
-bool gpu_scheme_settled(const struct gpu_scheme *s)
-{
-    return !s->learnt || !memchr(s->learnt, 0, s->geom.layers);
-}
-
-/* ---- state: magic, geometry, then mean and deviation ---- */
-
-struct state_head {
-    uint32_t magic, kind;
-    struct pkv_geom geom;
-    uint64_t seed;
-};
-#define STATE_MAGIC 0x32545350u
-
-static uint64_t mean_bytes(const struct pkv_geom *g)
-{
-    return (uint64_t)g->layers * g->kv_heads * g->head_dim * sizeof(float);
-}
-
-static uint64_t deviation_bytes(const struct pkv_geom *g)
-{
-    return (uint64_t)g->layers * g->kv_heads * g->sig_bits * sizeof(float);
-}
-
-uint64_t gpu_scheme_state_bytes(const struct gpu_scheme *s)
-{
-    /* What came from a file is there already. */
-    return !s->learnt ? sizeof(struct state_head)
-                      : sizeof(struct state_head) + mean_bytes(&s->geom) + deviation_bytes(&s->geom);
-}
-
-void gpu_scheme_state_export(const struct gpu_scheme *s, void *ret)
-{
-    struct state_head head = {STATE_MAGIC, s->kind, s->geom, s->seed};
-    char *to = ret;
-    memcpy(to, &head, sizeof(head));
-    if (!s->learnt)
-        return;
-    memcpy(to + sizeof(head), s->mean, mean_bytes(&s->geom));
-    memcpy(to + sizeof(head) + mean_bytes(&s->geom), s->deviation, deviation_bytes(&s->geom));
-}
-
-int gpu_scheme_state_import(struct gpu_scheme *s, const void *state, uint64_t bytes)
-{
-    struct state_head want = {STATE_MAGIC, s->kind, s->geom, s->seed};
-    const char *from = state;
-    if (bytes != gpu_scheme_state_bytes(s) || memcmp(from, &want, sizeof(want)))
-        return -PKV_ERR_FILE_FIT;
-    if (!gpu_kernels_c.finite(from + sizeof(want), PKV_F32, (bytes - sizeof(want)) / sizeof(float)))
-        return -PKV_ERR_FILE_FIT;
-    if (!s->learnt)
-        return 0;
-    memcpy(s->mean, from + sizeof(want), mean_bytes(&s->geom));
-    memcpy(s->deviation, from + sizeof(want) + mean_bytes(&s->geom), deviation_bytes(&s->geom));
-    memset(s->learnt, 1, s->geom.layers);
-    return 0;
 }

@@ -70,7 +70,7 @@ static struct gpu_scheme *scheme_of_kind(const struct world *w, uint32_t kind)
 
 static void host_fill(struct gpu *gpu, struct gpu_scheme *scheme, struct world *w)
 {
-    gpu_scheme_observe(scheme, 1, 0, w->tokens, w->k);
+    gpu_scheme_observe(scheme, &(struct gpu_observation){.layer = 1, .tokens = w->tokens, .context = w->tokens, .k = w->k});
     struct gpu_append_args a = {&w->g, w->space, w->refs, 0, w->tokens, w->k, w->v, 0, 0};
     struct gpu_sign_args s = {&w->g, w->space, scheme, 1, w->refs, 0, w->tokens};
     MUST(gpu_append(gpu, &a) == 0 && gpu_sign(gpu, &s) == 0);

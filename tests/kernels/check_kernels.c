@@ -21,7 +21,7 @@ static void fill(struct gpu *gpu, struct gpu_scheme *scheme, struct world *w)
 {
     uint32_t cut = below(w->tokens); /* two appends: ragged borders */
     uint64_t bytes = (uint64_t)w->g.kv_heads * w->g.head_dim * pkv_dtype_bytes(w->g.dtype);
-    gpu_scheme_observe(scheme, 1, 0, w->tokens, w->k);
+    gpu_scheme_observe(scheme, &(struct gpu_observation){.layer = 1, .tokens = w->tokens, .context = w->tokens, .k = w->k});
     for (uint32_t first = 0; first < w->tokens; first = first ? w->tokens : cut ? cut : w->tokens) {
         uint32_t n = first || !cut ? w->tokens - first : cut;
         struct gpu_append_args a = {
@@ -274,7 +274,7 @@ static void bench_isa(const char *isa, struct world *w, double peak)
     if (gpu_open(&options, &gpu))
         return;
     MUST(gpu_scheme_open(PKV_SCHEME_SIGN, &w->g, NULL, &scheme, digest) == 0);
-    gpu_scheme_observe(scheme, 1, 0, w->tokens, w->k);
+    gpu_scheme_observe(scheme, &(struct gpu_observation){.layer = 1, .tokens = w->tokens, .context = w->tokens, .k = w->k});
     double rows = (double)w->tokens * w->g.kv_heads * (double)pkv_geom_row_bytes(&w->g), signatures = rows / 32;
     uint32_t rows_max = w->policy.k + w->policy.sinks + w->policy.recent;
     double chosen = (double)rows_max * w->g.kv_heads * (double)pkv_geom_row_bytes(&w->g);

@@ -37,7 +37,8 @@ static int use(uint32_t kind, char *path, const float *k, const float *q, struct
     if (r)
         return r;
     assert_true(gpu_scheme_settled(scheme));
-    assert_false(gpu_scheme_observe(scheme, 1, 0, TOKENS, k));
+    assert_false(
+        gpu_scheme_observe(scheme, &(struct gpu_observation){.layer = 1, .tokens = TOKENS, .context = TOKENS, .k = k}));
     assert_int_equal(gpu_open(&(struct gpu_options){.threads = 1}, &gpu), 0);
     uint64_t bases[2] = {(uint64_t)(uintptr_t)b->rows, (uint64_t)(uintptr_t)b->words};
     struct pkv_block_ref ref = {pkv_place(PKV_TIER_POOL, 0, 0, 1), pkv_place(PKV_TIER_POOL, 1, 0, 1)};

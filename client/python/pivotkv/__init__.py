@@ -159,7 +159,7 @@ class Connection(_Handle):
         return ns.value
 
     def model(self, name: str, *, layers: int, q_heads: int, kv_heads: int, head_dim: int, dtype: str = "f16",
-              rope: Rope | None = None, scheme: str = "sign", bits: int = 0, weights: str | None = None) -> Model:
+              rope: Rope | None = None, scheme: str = "code", bits: int = 0, weights: str | None = None) -> Model:
         if dtype not in _DTYPES:
             raise ValueError(f"dtype {dtype!r}: one of {', '.join(_DTYPES)}")
         if scheme not in _SCHEMES:

@@ -1,0 +1,234 @@
+/* `code` without a file: the transform comes from the model's own first keys and queries.
+ *
+ * Per layer and kv head: take post-RoPE keys and queries as they come (the first tokens of a sequence left out: sinks are
+ * outliers), turn each to a random position of the context that is to be served - a prefix says nothing about RoPE's slow
+ * dimensions - and add up moments. Once there are LEARN_TOKENS of both, solve (scheme_solve.c). Until then, and per layer, the
+ * scheme signs as `sign` does.
+ *
+ * States of a layer (learnt[layer]): 0 nothing known -> 1 `sign` has its mean -> 2 solved. A change means that what was signed
+ * before must be signed again. Failures: no memory leaves the layer where it is; a solve that fails (numbers that are not
+ * finite) gives the layer up and `sign` goes on serving it. Owner: the thread that owns the model. */
+#include "gpu/scheme.h"
+
+#ifdef PKV_LAPACK
+#include <cblas.h>
+
+#include <stdlib.h>
+#include <string.h>
+
+#define SKIP         16u   /* the first tokens of a sequence */
+#define LEARN_TOKENS 2048u /* keys, and tokens with queries; twice as many give the same */
+#define PIECE        256u  /* tokens turned at a time */
+
+static uint64_t mix(uint64_t z)
+{
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull; /* splitmix64 */
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ z >> 31;
+}
+
+/* Cosines and sines of the angles from position `from` to `to`: [rope_dims / 2] each. */
+static void angles(const struct scheme_moments *m, double from, double to, float *cosines, float *sines)
+{
+    for (uint32_t j = 0; j < m->rope_dims / 2; j++) {
+        double angle = (to - from) * m->frequencies[j];
+        cosines[j] = (float)cos(angle), sines[j] = (float)sin(angle);
+    }
+}
+
+static void turn(const struct scheme_moments *m, const float *cosines, const float *sines, float *x)
+{
+    uint32_t half = m->rope_dims / 2;
+    for (uint32_t j = 0; j < half; j++) {
+        float *a = m->rope_interleaved ? x + 2 * j : x + j, *b = m->rope_interleaved ? x + 2 * j + 1 : x + j + half;
+        float p = *a * cosines[j] - *b * sines[j], q = *a * sines[j] + *b * cosines[j];
+        *a = p, *b = q;
+    }
+}
+
+/* Vectors of `heads` heads of each token, turned, as [heads][tokens][head_dim]. */
+static void turned(const struct gpu_scheme *s, const struct gpu_observation *o, const void *from, uint32_t heads,
+                   uint32_t first, uint32_t tokens, uint64_t seed, float *to)
+{
+    const struct pkv_geom *g = &s->geom;
+    const struct scheme_moments *m = s->moments;
+    float cosines[PKV_HEAD_DIM_MAX / 2], sines[PKV_HEAD_DIM_MAX / 2];
+    uint64_t bytes = (uint64_t)g->head_dim * pkv_dtype_bytes(g->dtype);
+    for (uint32_t t = 0; t < tokens; t++) {
+        uint64_t at = o->first_token + first + t;
+        if (m->rope_dims)
+            angles(m, (double)at, (double)(mix(seed + at * 0x9e3779b97f4a7c15ull) % o->context), cosines, sines);
+        for (uint32_t h = 0; h < heads; h++) {
+            float *x = to + ((uint64_t)h * tokens + t) * g->head_dim;
+            gpu_kernels_c.to_float((const char *)from + ((uint64_t)(first + t) * heads + h) * bytes, g->dtype, x, g->head_dim);
+            if (m->rope_dims)
+                turn(m, cosines, sines, x);
+        }
+    }
+}
+
+/* `rows` vectors into a second moment (lower triangle, column-major) and, if wanted, a sum. */
+static void add_up(const float *x, uint32_t rows, uint32_t dim, float *moment, double *sum)
+{
+    cblas_ssyrk(CblasColMajor, CblasLower, CblasNoTrans, (int)dim, (int)rows, 1.0f, x, (int)dim, 1.0f, moment, (int)dim);
+    for (uint32_t r = 0; sum && r < rows; r++)
+        for (uint32_t d = 0; d < dim; d++)
+            sum[d] += x[(uint64_t)r * dim + d];
+}
+
+static int gather_keys(struct gpu_scheme *s, const struct gpu_observation *o, uint32_t first, uint32_t tokens, float *scratch)
+{
+    const struct pkv_geom *g = &s->geom;
+    struct scheme_moments *m = s->moments;
+    turned(s, o, o->k, g->kv_heads, first, tokens, mix(o->layer + 1), scratch);
+    for (uint32_t h = 0; h < g->kv_heads; h++) {
+        uint64_t at = (uint64_t)o->layer * g->kv_heads + h;
+        add_up(scratch + (uint64_t)h * tokens * g->head_dim, tokens, g->head_dim, m->k + at * g->head_dim * g->head_dim,
+               m->k_sum + at * g->head_dim);
+    }
+    m->k_tokens[o->layer] += tokens;
+    return 0;
+}
+
+static int gather_queries(struct gpu_scheme *s, const struct gpu_observation *o, uint32_t first, uint32_t tokens,
+                          float *scratch)
+{
+    const struct pkv_geom *g = &s->geom;
+    struct scheme_moments *m = s->moments;
+    uint32_t group = pkv_geom_group(g);
+    turned(s, o, o->q, g->q_heads, first, tokens, mix(o->layer + 1000003), scratch);
+    for (uint32_t h = 0; h < g->kv_heads; h++) {
+        uint64_t at = (uint64_t)o->layer * g->kv_heads + h;
+        add_up(scratch + (uint64_t)h * group * tokens * g->head_dim, tokens * group, g->head_dim,
+               m->q + at * g->head_dim * g->head_dim, NULL);
+    }
+    m->q_tokens[o->layer] += tokens;
+    return 0;
+}
+
+bool scheme_learn_observe(struct gpu_scheme *s, const struct gpu_observation *o)
+{
+    const struct pkv_geom *g = &s->geom;
+    struct scheme_moments *m = s->moments;
+    uint32_t skip = o->first_token < SKIP ? (uint32_t)PKV_MIN(SKIP - o->first_token, (uint64_t)o->tokens) : 0;
+    if (!m || s->learnt[o->layer] == SCHEME_SOLVED || m->given_up[o->layer])
+        return false;
+    float *scratch = malloc((uint64_t)PIECE * g->q_heads * g->head_dim * sizeof(float));
+    int threads = openblas_get_num_threads();
+    if (!scratch)
+        return false;
+    /* One thread: the pieces are small, and sums must not depend on the machine. */
+    openblas_set_num_threads(1);
+    for (uint32_t at = skip; at < o->tokens; at += PIECE) {
+        uint32_t n = PKV_MIN(PIECE, o->tokens - at);
+        if (o->k && m->k_tokens[o->layer] < LEARN_TOKENS)
+            gather_keys(s, o, at, n, scratch);
+        if (o->q && m->q_tokens[o->layer] < LEARN_TOKENS)
+            gather_queries(s, o, at, n, scratch);
+    }
+    bool solved = false;
+    if (m->k_tokens[o->layer] >= LEARN_TOKENS && m->q_tokens[o->layer] >= LEARN_TOKENS) {
+        solved = scheme_solve_layer(s, o->layer) == 0;
+        m->given_up[o->layer] = !solved;
+        if (solved)
+            s->learnt[o->layer] = SCHEME_SOLVED;
+    }
+    openblas_set_num_threads(threads);
+    free(scratch);
+    return solved;
+}
+
+void scheme_moments_free(struct gpu_scheme *s)
+{
+    struct scheme_moments *m = s->moments;
+    if (!m)
+        return;
+    free(m->k), free(m->q), free(m->k_sum), free(m->k_tokens), free(m->q_tokens), free(m->given_up);
+    free(m);
+    s->moments = NULL;
+}
+
+static int moments_open(struct gpu_scheme *s)
+{
+    const struct pkv_geom *g = &s->geom;
+    uint64_t heads = (uint64_t)g->layers * g->kv_heads, square = (uint64_t)g->head_dim * g->head_dim;
+    struct scheme_moments *m = s->moments = calloc(1, sizeof(*m));
+    if (!m)
+        return -PKV_ERR_NO_MEMORY;
+    m->k = calloc(heads * square, sizeof(float)), m->q = calloc(heads * square, sizeof(float));
+    m->k_sum = calloc(heads * g->head_dim, sizeof(double));
+    m->k_tokens = calloc(g->layers, sizeof(uint32_t)), m->q_tokens = calloc(g->layers, sizeof(uint32_t));
+    m->given_up = calloc(g->layers, 1);
+    return m->k && m->q && m->k_sum && m->k_tokens && m->q_tokens && m->given_up ? 0 : -PKV_ERR_NO_MEMORY;
+}
+
+/* `sign` for the meantime, and room for what will be solved. */
+int scheme_learn_open(struct gpu_scheme *s)
+{
+    const struct pkv_geom *g = &s->geom;
+    uint64_t heads = (uint64_t)g->layers * g->kv_heads, square = (uint64_t)g->head_dim * g->head_dim;
+    int r = scheme_sign_open(s);
+    r = r ? r : moments_open(s);
+    s->dims = g->head_dim, s->k_stages = s->q_stages = 1, s->verbs = &scheme_learn_verbs;
+    s->k[0] = (struct scheme_map){calloc(heads * square, sizeof(float)), NULL, g->head_dim, g->head_dim};
+    s->q[0] = (struct scheme_map){calloc(heads * square, sizeof(float)), NULL, g->head_dim, g->head_dim};
+    s->low = calloc(heads * g->head_dim, sizeof(float)), s->step = malloc(heads * g->head_dim * sizeof(float));
+    s->bits = calloc(heads * g->head_dim, 1);
+    if (!r && (!s->k[0].weight || !s->q[0].weight || !s->low || !s->step || !s->bits))
+        r = -PKV_ERR_NO_MEMORY;
+    for (uint64_t i = 0; !r && i < heads * g->head_dim; i++)
+        s->step[i] = 1;
+    return r;
+}
+
+#else
+
+bool scheme_learn_observe(struct gpu_scheme *s, const struct gpu_observation *o)
+{
+    (void)s, (void)o;
+    return false;
+}
+
+void scheme_moments_free(struct gpu_scheme *s)
+{
+    (void)s;
+}
+
+int scheme_learn_open(struct gpu_scheme *s)
+{
+    (void)s;
+    return -PKV_ERR_UNSUPPORTED; /* built without LAPACK */
+}
+
+#endif
+
+void gpu_scheme_rope(struct gpu_scheme *s, float base, uint32_t dims, bool interleaved)
+{
+    struct scheme_moments *m = s->moments;
+    if (!m)
+        return;
+    m->rope_dims = base > 0 ? PKV_MIN(dims, s->geom.head_dim) : 0, m->rope_interleaved = interleaved;
+    for (uint32_t j = 0; j < m->rope_dims / 2; j++)
+        m->frequencies[j] = pow(base, -2.0 * j / m->rope_dims);
+}
+
+static bool solved(const struct gpu_scheme *s, uint32_t layer)
+{
+    return s->learnt[layer] == SCHEME_SOLVED;
+}
+
+static void sign(const struct gpu_scheme *s, const struct gpu_kernels *kernels, uint32_t layer, uint32_t head, const float *key,
+                 uint32_t *words)
+{
+    const struct scheme_verbs *verbs = solved(s, layer) ? &scheme_code_verbs : &scheme_sign_verbs;
+    verbs->sign(s, kernels, layer, head, key, words);
+}
+
+static void weigh(const struct gpu_scheme *s, const struct gpu_kernels *kernels, uint32_t layer, uint32_t q_head,
+                  const float *query, float scale, float *weights, float *unit)
+{
+    const struct scheme_verbs *verbs = solved(s, layer) ? &scheme_code_verbs : &scheme_sign_verbs;
+    verbs->weigh(s, kernels, layer, q_head, query, scale, weights, unit);
+}
+
+const struct scheme_verbs scheme_learn_verbs = {sign, weigh};

@@ -1,0 +1,168 @@
+/* The transform of `code` from two moments: whiten by the queries' second moment, principal axes of the keys there, bits to the
+ * dimension that gains most, uniform levels.
+ *   C  the queries' second moment, shrunk toward a multiple of the identity; S  the keys' covariance, as it is
+ *   H = C^(1/2);  V, w: eigenvectors and values of H S H, largest first
+ *   key side A = V' H, query side B = V' H^-1: (A (k - mean)) . (B q) = q . (k - mean), and the keys' channels are uncorrelated
+ * Shrinking C gives rare directions of the queries some bits, without which single facts are not found again; shrinking S would
+ * only widen the steps of the fine dimensions. */
+#include "gpu/scheme.h"
+
+#ifdef PKV_LAPACK
+#include <stdlib.h>
+#include <string.h>
+
+#define SHRINK 0.3  /* of the queries' moment: .3 to .6 retrieved best at half a bit a dimension and more */
+#define FLOOR  1e-6 /* eigenvalues of C, relative to the largest */
+
+extern void dsyevd_(const char *jobz, const char *uplo, const int *n, double *a, const int *lda, double *w, double *work,
+                    const int *lwork, int *iwork, const int *liwork, int *info);
+
+/* Mean squared error of a unit Gaussian at 0..4 bits, and the step of the best uniform quantizer (Max 1960). */
+static const double distortion[] = {1, .3634, .1175, .03454, .009497}, steps[] = {1, 1.5956, .9957, .5860, .3352};
+
+struct solve {
+    uint32_t dim;
+    double *c, *s, *h, *inverse, *v, *w, *work; /* [dim][dim]; w [dim] */
+    int *iwork;
+    int lwork, liwork;
+};
+
+static int solve_open(struct solve *x, uint32_t dim)
+{
+    uint64_t square = (uint64_t)dim * dim;
+    x->dim = dim, x->lwork = (int)(1 + 6 * dim + 2 * square), x->liwork = (int)(3 + 5 * dim);
+    x->c = malloc((5 * square + dim + (uint64_t)x->lwork) * sizeof(double));
+    x->iwork = malloc((uint64_t)x->liwork * sizeof(int));
+    if (!x->c || !x->iwork)
+        return -PKV_ERR_NO_MEMORY;
+    x->s = x->c + square, x->h = x->s + square, x->inverse = x->h + square, x->v = x->inverse + square;
+    x->w = x->v + square, x->work = x->w + dim;
+    return 0;
+}
+
+/* Eigenvectors of the symmetric `a` in place (one per column, ascending values in x->w). */
+static int eigen(struct solve *x, double *a)
+{
+    int n = (int)x->dim, info = 0;
+    dsyevd_("V", "L", &n, a, &n, x->w, x->work, &x->lwork, x->iwork, &x->liwork, &info);
+    return info || !isfinite(x->w[0]) || !isfinite(x->w[n - 1]) ? -PKV_ERR_NOT_FINITE : 0;
+}
+
+/* to = sum over i of f[i] v_i v_i', with the eigenvectors as columns of v. */
+static void compose(uint32_t dim, const double *v, const double *f, double *to)
+{
+    memset(to, 0, (uint64_t)dim * dim * sizeof(*to));
+    for (uint32_t i = 0; i < dim; i++)
+        for (uint32_t r = 0; r < dim; r++)
+            for (uint32_t c = 0; c < dim; c++)
+                to[(uint64_t)r * dim + c] += f[i] * v[(uint64_t)i * dim + r] * v[(uint64_t)i * dim + c];
+}
+
+/* Both matrices are symmetric. */
+static void product(uint32_t dim, const double *a, const double *b, double *to)
+{
+    memset(to, 0, (uint64_t)dim * dim * sizeof(*to));
+    for (uint32_t r = 0; r < dim; r++)
+        for (uint32_t k = 0; k < dim; k++)
+            for (uint32_t c = 0; c < dim; c++)
+                to[(uint64_t)r * dim + c] += a[(uint64_t)r * dim + k] * b[(uint64_t)k * dim + c];
+}
+
+/* Lower triangles of sums into C and S. */
+static void moments(const struct gpu_scheme *s, uint64_t at, uint32_t layer, struct solve *x)
+{
+    const struct scheme_moments *m = s->moments;
+    uint32_t dim = x->dim, group = pkv_geom_group(&s->geom);
+    double keys = m->k_tokens[layer], queries = (double)m->q_tokens[layer] * group, trace = 0;
+    const float *k = m->k + at * dim * dim, *q = m->q + at * dim * dim;
+    const double *sum = m->k_sum + at * dim;
+    for (uint32_t c = 0; c < dim; c++)
+        for (uint32_t r = c; r < dim; r++) {
+            uint64_t low = (uint64_t)c * dim + r, high = (uint64_t)r * dim + c;
+            x->c[low] = x->c[high] = (1 - SHRINK) * q[low] / queries;
+            x->s[low] = x->s[high] = k[low] / keys - sum[r] / keys * (sum[c] / keys);
+            trace += r == c ? q[low] / queries : 0;
+        }
+    for (uint32_t d = 0; d < dim; d++)
+        x->c[(uint64_t)d * dim + d] += SHRINK * trace / dim;
+}
+
+/* H and its inverse from C. */
+static int roots(struct solve *x)
+{
+    uint32_t dim = x->dim;
+    double up[PKV_HEAD_DIM_MAX], down[PKV_HEAD_DIM_MAX];
+    int r = eigen(x, x->c);
+    if (r || x->w[dim - 1] <= 0)
+        return -PKV_ERR_NOT_FINITE;
+    for (uint32_t i = 0; i < dim; i++) {
+        double root = sqrt(x->w[i] > FLOOR * x->w[dim - 1] ? x->w[i] : FLOOR * x->w[dim - 1]);
+        up[i] = root, down[i] = 1 / root;
+    }
+    compose(dim, x->c, up, x->h);
+    compose(dim, x->c, down, x->inverse);
+    return 0;
+}
+
+/* Greedily to the dimension whose distortion falls most; w descending, so used dimensions come first. */
+static void give_bits(const double *w, uint32_t dim, uint32_t total, uint8_t *bits)
+{
+    memset(bits, 0, dim);
+    for (uint32_t given = 0; given < total; given++) {
+        uint32_t best = dim;
+        double most = -1;
+        for (uint32_t i = 0; i < dim; i++) {
+            double gain = bits[i] < 4 ? w[i] * (distortion[bits[i]] - distortion[bits[i] + 1]) : -1;
+            if (gain > most)
+                most = gain, best = i;
+        }
+        bits[best]++; /* sig_bits are at most four a dimension: some dimension has room */
+    }
+}
+
+static void write_head(struct gpu_scheme *s, uint64_t at, uint32_t layer, const struct solve *x)
+{
+    uint32_t dim = x->dim;
+    float *a = s->k[0].weight + at * dim * dim, *b = s->q[0].weight + at * dim * dim;
+    double w[PKV_HEAD_DIM_MAX];
+    for (uint32_t i = 0; i < dim; i++) {
+        const double *v = x->v + (uint64_t)(dim - 1 - i) * dim;
+        w[i] = x->w[dim - 1 - i] > 0 ? x->w[dim - 1 - i] : 0;
+        for (uint32_t c = 0; c < dim; c++) {
+            double p = 0, q = 0;
+            for (uint32_t r = 0; r < dim; r++)
+                p += v[r] * x->h[(uint64_t)r * dim + c], q += v[r] * x->inverse[(uint64_t)r * dim + c];
+            a[(uint64_t)i * dim + c] = (float)p, b[(uint64_t)i * dim + c] = (float)q;
+        }
+        s->mean[at * dim + i] = (float)(s->moments->k_sum[at * dim + i] / s->moments->k_tokens[layer]);
+    }
+    uint8_t *bits = s->bits + at * dim;
+    give_bits(w, dim, s->geom.sig_bits, bits);
+    for (uint32_t i = 0; i < dim; i++) {
+        double step = steps[bits[i]] * sqrt(w[i]);
+        s->step[at * dim + i] = step > 0 ? (float)step : 1.0f;
+        s->low[at * dim + i] = bits[i] ? -s->step[at * dim + i] * (float)(1u << (bits[i] - 1)) : 0;
+    }
+}
+
+int scheme_solve_layer(struct gpu_scheme *s, uint32_t layer)
+{
+    struct solve x = {0};
+    int r = solve_open(&x, s->geom.head_dim);
+    for (uint32_t h = 0; h < s->geom.kv_heads && !r; h++) {
+        uint64_t at = (uint64_t)layer * s->geom.kv_heads + h;
+        moments(s, at, layer, &x);
+        r = roots(&x);
+        if (r)
+            break;
+        product(x.dim, x.h, x.s, x.c);
+        product(x.dim, x.c, x.h, x.v);
+        r = eigen(&x, x.v);
+        if (!r)
+            write_head(s, at, layer, &x);
+    }
+    free(x.c), free(x.iwork);
+    return r;
+}
+
+#endif

@@ -1,0 +1,262 @@
+/* `code` that calibrates itself: what it solves, what it shares, and what it refuses to take over. */
+#include "gpu/scheme.h"
+#include "tests/lib/test.h"
+#include "tests/lib/text.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { LAYERS = 2, Q = 4, KV = 2, DIM = 64, BITS = 64, TOKENS = 2100, SKIPPED = 16 };
+
+static const struct pkv_geom geom = {
+    .layers = LAYERS, .q_heads = Q, .kv_heads = KV, .head_dim = DIM, .dtype = PKV_F32, .sig_bits = BITS};
+
+/* Gaussian vectors whose channels have a falling spread and share directions: something to find. */
+static float *vectors(uint64_t seed, uint64_t count, float fall)
+{
+    float *x = test_floats(seed, count * DIM), *to = malloc(count * DIM * sizeof(*to));
+    assert_non_null(to);
+    for (uint64_t i = 0; i < count; i++)
+        for (uint32_t d = 0; d < DIM; d++)
+            to[i * DIM + d] = x[i * DIM + d] * powf(fall, (float)d) + 0.5f * x[i * DIM + (d * 7 + 3) % DIM] + 0.3f;
+    free(x);
+    return to;
+}
+
+static struct gpu_scheme *open_scheme(uint32_t kind)
+{
+    struct gpu_scheme *s = NULL;
+    uint8_t digest[PKV_DIGEST_BYTES];
+    if (gpu_scheme_open(kind, &geom, NULL, &s, digest) == -PKV_ERR_UNSUPPORTED)
+        skip(); /* built without LAPACK */
+    assert_non_null(s);
+    return s;
+}
+
+static void show(struct gpu_scheme *s, uint32_t layer, uint64_t first, uint32_t tokens, const float *k, const float *q)
+{
+    struct gpu_observation o = {
+        .layer = layer, .tokens = tokens, .first_token = first, .context = 32768, .k = k ? k : NULL, .q = q ? q : NULL};
+    gpu_scheme_observe(s, &o);
+}
+
+static struct gpu_scheme *calibrated(const float *k, const float *q)
+{
+    struct gpu_scheme *s = open_scheme(PKV_SCHEME_CODE);
+    for (uint32_t l = 0; l < LAYERS; l++) {
+        show(s, l, 0, TOKENS, k, NULL);
+        assert_false(gpu_scheme_settled(s));
+        show(s, l, 0, TOKENS, NULL, q);
+    }
+    assert_true(gpu_scheme_settled(s));
+    return s;
+}
+
+/* (A (k - mean)) . (B q) is q . (k - mean), and every head spends its bits. */
+static void test_maps(void **state)
+{
+    (void)state;
+    float *k = vectors(1, (uint64_t)TOKENS * KV, 0.95f), *q = vectors(2, (uint64_t)TOKENS * Q, 0.9f);
+    struct gpu_scheme *s = calibrated(k, q);
+    for (uint64_t at = 0; at < LAYERS * KV; at++) {
+        uint32_t bits = 0;
+        for (uint32_t i = 0; i < DIM; i++) {
+            assert_true(s->bits[at * DIM + i] <= 4 && s->step[at * DIM + i] > 0);
+            assert_true(!i || s->bits[at * DIM + i] <= s->bits[at * DIM + i - 1]);
+            bits += s->bits[at * DIM + i];
+        }
+        assert_int_equal(bits, BITS);
+        for (uint32_t n = 0; n < 50; n++) {
+            const float *x = k + (n * KV + at % KV) * DIM, *y = q + n * Q * DIM, *mean = s->mean + at * DIM;
+            double exact = 0, mapped = 0, size = 0;
+            for (uint32_t d = 0; d < DIM; d++)
+                exact += ((double)x[d] - mean[d]) * y[d], size += fabs(((double)x[d] - mean[d]) * y[d]);
+            for (uint32_t i = 0; i < DIM; i++) {
+                double a = 0, b = 0;
+                for (uint32_t d = 0; d < DIM; d++) {
+                    a += s->k[0].weight[(at * DIM + i) * DIM + d] * ((double)x[d] - mean[d]);
+                    b += s->q[0].weight[(at * DIM + i) * DIM + d] * (double)y[d];
+                }
+                mapped += a * b;
+            }
+            assert_true(fabs(exact - mapped) < 1e-4 * size);
+        }
+    }
+    gpu_scheme_close(s);
+    free(k), free(q);
+}
+
+/* Correlation over tokens of the estimated and the exact score of one query, averaged over queries. */
+static double agreement(const struct gpu_scheme *s, const float *k, const float *q)
+{
+    double total = 0;
+    for (uint32_t n = 0; n < 20; n++) {
+        const float *y = q + (uint64_t)n * Q * DIM;
+        float weights[BITS], unit;
+        double sx = 0, sy = 0, sxx = 0, syy = 0, sxy = 0;
+        s->verbs->weigh(s, &gpu_kernels_c, 0, 0, y, 0.125f, weights, &unit);
+        for (uint32_t t = 100; t < 1100; t++) {
+            uint32_t words[BITS / 32];
+            double exact = 0, estimate = 0;
+            s->verbs->sign(s, &gpu_kernels_c, 0, 0, k + (uint64_t)t * KV * DIM, words);
+            for (uint32_t d = 0; d < DIM; d++)
+                exact += (double)k[(uint64_t)t * KV * DIM + d] * y[d];
+            for (uint32_t b = 0; b < BITS; b++)
+                estimate += (words[b / 32] >> b % 32 & 1) * (double)weights[b];
+            sx += exact, sy += estimate, sxx += exact * exact, syy += estimate * estimate, sxy += exact * estimate;
+        }
+        total += (1000 * sxy - sx * sy) / sqrt((1000 * sxx - sx * sx) * (1000 * syy - sy * sy)) / 20;
+    }
+    return total;
+}
+
+static void test_better_than_sign(void **state)
+{
+    (void)state;
+    float *k = vectors(3, (uint64_t)TOKENS * KV, 0.95f), *q = vectors(4, (uint64_t)TOKENS * Q, 0.9f);
+    struct gpu_scheme *code = calibrated(k, q), *sign = open_scheme(PKV_SCHEME_SIGN);
+    show(sign, 0, 0, TOKENS, k, NULL);
+    double ours = agreement(code, k, q), theirs = agreement(sign, k, q);
+    print_message("# correlation with the exact scores at one bit a dimension: code %.3f, sign %.3f\n", ours, theirs);
+    assert_true(ours > 0.9 && 1 - ours < 0.5 * (1 - theirs));
+    gpu_scheme_close(code), gpu_scheme_close(sign);
+    free(k), free(q);
+}
+
+/* Until a layer is solved it signs as `sign` does. */
+static void test_sign_meanwhile(void **state)
+{
+    (void)state;
+    float *k = vectors(5, (uint64_t)TOKENS * KV, 0.95f);
+    struct gpu_scheme *code = open_scheme(PKV_SCHEME_CODE), *sign = open_scheme(PKV_SCHEME_SIGN);
+    show(code, 1, 0, 600, k, NULL);
+    show(sign, 1, 0, 600, k, NULL);
+    for (uint32_t t = 0; t < 100; t++) {
+        uint32_t a[2], b[2];
+        code->verbs->sign(code, &gpu_kernels_c, 1, 1, k + (uint64_t)t * DIM, a);
+        sign->verbs->sign(sign, &gpu_kernels_c, 1, 1, k + (uint64_t)t * DIM, b);
+        assert_memory_equal(a, b, sizeof(a));
+    }
+    gpu_scheme_close(code), gpu_scheme_close(sign);
+    free(k);
+}
+
+/* Half-split pairs, positions first.. */
+static float *with_rope(const float *x, uint64_t first, uint32_t tokens)
+{
+    float *to = malloc((uint64_t)tokens * KV * DIM * sizeof(*to));
+    assert_non_null(to);
+    for (uint64_t i = 0; i < (uint64_t)tokens * KV; i++)
+        for (uint32_t j = 0; j < DIM / 2; j++) {
+            double angle = (double)(first + i / KV) * pow(1e5, -2.0 * j / DIM), c = cos(angle), s = sin(angle);
+            float a = x[i * DIM + j], b = x[i * DIM + j + DIM / 2];
+            to[i * DIM + j] = (float)(a * c - b * s), to[i * DIM + j + DIM / 2] = (float)(a * s + b * c);
+        }
+    return to;
+}
+
+/* Relative distance of the keys' moments that two schemes gathered from the same vectors at other positions. */
+static double moment_distance(const float *x, uint64_t first, uint64_t other, float base)
+{
+    enum { SEEN = 1500 };
+    struct gpu_scheme *s[2];
+    double difference = 0, size = 0;
+    for (int i = 0; i < 2; i++) {
+        float *k = with_rope(x, i ? other : first, SEEN);
+        s[i] = open_scheme(PKV_SCHEME_CODE);
+        gpu_scheme_rope(s[i], base, DIM, false);
+        show(s[i], 0, i ? other : first, SEEN, k, NULL);
+        free(k);
+    }
+    for (uint32_t i = 0; i < DIM * DIM; i++) {
+        double a = s[0]->moments->k[i], b = s[1]->moments->k[i];
+        difference += (a - b) * (a - b), size += a * a;
+    }
+    gpu_scheme_close(s[0]), gpu_scheme_close(s[1]);
+    return sqrt(difference / size);
+}
+
+/* Positions do not matter once keys are turned to random ones; they do where they are not. */
+static void test_positions(void **state)
+{
+    (void)state;
+    float *x = vectors(6, 1500 * KV, 0.97f);
+    for (uint32_t i = 0; i < 1500 * KV; i++)
+        x[i * DIM + DIM / 2 - 2] += 4, x[i * DIM + DIM / 2 - 3] += 4; /* strong in slow pairs: a prefix sees one side of it */
+    double turned = moment_distance(x, SKIPPED, 60000, 1e5f), as_they_are = moment_distance(x, SKIPPED, 60000, 0);
+    print_message("# moments of a prefix and of far tokens differ by %.3f turned, %.3f as they are\n", turned, as_they_are);
+    assert_true(turned < 0.15 && as_they_are > 2 * turned);
+    free(x);
+}
+
+static void test_state(void **state)
+{
+    (void)state;
+    float *k = vectors(7, (uint64_t)TOKENS * KV, 0.95f), *q = vectors(8, (uint64_t)TOKENS * Q, 0.9f);
+    struct gpu_scheme *s = calibrated(k, q), *other = open_scheme(PKV_SCHEME_CODE);
+    uint64_t bytes = gpu_scheme_state_bytes(s);
+    char *good = malloc(bytes), *bad = malloc(bytes);
+    assert_non_null(good), assert_non_null(bad);
+    gpu_scheme_state_export(s, good);
+    uint64_t bits_at = bytes - PKV_ALIGN_UP((uint64_t)LAYERS * KV * DIM, 8u), learnt_at = 8 + sizeof(geom) + 8;
+    memcpy(bad, good, bytes);
+    bad[bits_at] = 5;
+    assert_int_equal(gpu_scheme_state_import(other, bad, bytes), -PKV_ERR_FILE_FIT);
+    bad[bits_at] = good[bits_at], bad[bits_at + 1] = (char)(good[bits_at + 1] ? 0 : 1); /* too few, too many */
+    assert_int_equal(gpu_scheme_state_import(other, bad, bytes), -PKV_ERR_FILE_FIT);
+    memcpy(bad, good, bytes), bad[learnt_at] = 0;
+    assert_int_equal(gpu_scheme_state_import(other, bad, bytes), -PKV_ERR_FILE_FIT);
+    memcpy(bad, good, bytes), memset(bad + learnt_at + 8, 0xff, 4); /* a mean that is NaN */
+    assert_int_equal(gpu_scheme_state_import(other, bad, bytes), -PKV_ERR_FILE_FIT);
+    assert_int_equal(gpu_scheme_state_import(other, good, bytes - 8), -PKV_ERR_FILE_FIT);
+    assert_false(gpu_scheme_settled(other));
+    assert_int_equal(gpu_scheme_state_import(other, good, bytes), 0);
+    assert_true(gpu_scheme_settled(other));
+    for (uint32_t t = 0; t < 100; t++) {
+        uint32_t a[2], b[2];
+        s->verbs->sign(s, &gpu_kernels_c, 1, 1, k + (uint64_t)t * DIM, a);
+        other->verbs->sign(other, &gpu_kernels_c, 1, 1, k + (uint64_t)t * DIM, b);
+        assert_memory_equal(a, b, sizeof(a));
+    }
+    gpu_scheme_close(s), gpu_scheme_close(other);
+    free(k), free(q), free(good), free(bad);
+}
+
+/* Numbers that nothing can be solved from: not finite is not taken in, all the same gives the layer to `sign`. */
+static void test_nothing_to_solve(void **state)
+{
+    (void)state;
+    float *zero = calloc((uint64_t)TOKENS * Q * DIM, sizeof(*zero));
+    struct gpu_scheme *s = open_scheme(PKV_SCHEME_CODE);
+    assert_non_null(zero);
+    zero[5] = NAN;
+    show(s, 0, 0, TOKENS, zero, zero);
+    assert_int_equal(s->moments->k_tokens[0], 0);
+    zero[5] = 0;
+    for (uint32_t l = 0; l < LAYERS; l++)
+        show(s, l, 0, TOKENS, zero, zero);
+    assert_true(s->moments->given_up[0] && s->learnt[0] == 1);
+    assert_true(gpu_scheme_settled(s));
+    /* Whoever takes that state over has settled too. */
+    struct gpu_scheme *other = open_scheme(PKV_SCHEME_CODE);
+    uint64_t bytes = gpu_scheme_state_bytes(s);
+    void *kept = malloc(bytes);
+    assert_non_null(kept);
+    gpu_scheme_state_export(s, kept);
+    assert_int_equal(gpu_scheme_state_import(other, kept, bytes), 0);
+    assert_true(gpu_scheme_settled(other));
+    gpu_scheme_close(s), gpu_scheme_close(other);
+    free(kept);
+    free(zero);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_maps),           cmocka_unit_test(test_better_than_sign),
+        cmocka_unit_test(test_sign_meanwhile), cmocka_unit_test(test_positions),
+        cmocka_unit_test(test_state),          cmocka_unit_test(test_nothing_to_solve),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
