@@ -80,6 +80,9 @@ void worker_leave(struct worker *w, bool died, const char *why)
     if (w->state == WORKER_LEFT)
         return;
     if (w->state == WORKER_JOINED) {
+        /* What it had submitted counts: its goodbye, or its end, may overtake the last seals. At most a ring of them. */
+        for (uint32_t i = 0; i < PKV_RING_ENTRIES / WORKER_TURN + 1 && worker_drain(w); i++)
+            ;
         log_write(died ? LOG_WARN : LOG_INFO, "worker %u (%s, pid %d) left: %s", w->id, w->label, w->pid, why);
         d->counters.workers_died += died;
         keep_counters(d, &w->region->counters);

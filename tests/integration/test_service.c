@@ -197,6 +197,27 @@ static void test_persistent(void **state)
     free(k), free(v), free(q);
 }
 
+/* Seals are posted, not waited for: a goodbye right after them must not overtake them. */
+static void test_goodbye_after_seals(void **state)
+{
+    (void)state;
+    float *k = test_floats(14, 500 * ROW), *v = test_floats(15, 500 * ROW);
+    for (int round = 0; round < 40; round++) {
+        struct pkv *first = attach(&daemon_, 0);
+        struct pkv_seq *seq;
+        GOOD(first, pkv_seq_create(open_model(first), 1000, PKV_PERSISTENT, "kept", &seq));
+        GOOD(first, append_all(seq, k, v, 448));
+        uint64_t handle = pkv_seq_handle(seq);
+        pkv_close(first);
+        struct pkv *second = attach(&daemon_, 0);
+        GOOD(second, pkv_seq_open(open_model(second), handle, &seq));
+        assert_int_equal(pkv_seq_tokens(seq), 448);
+        GOOD(second, pkv_seq_destroy(seq));
+        pkv_close(second);
+    }
+    free(k), free(v);
+}
+
 static void test_batch(void **state)
 {
     (void)state;
@@ -266,6 +287,7 @@ int main(void)
         cmocka_unit_test(test_fork_and_truncate),
         cmocka_unit_test(test_two_workers),
         cmocka_unit_test(test_persistent),
+        cmocka_unit_test(test_goodbye_after_seals),
         cmocka_unit_test(test_batch),
         cmocka_unit_test(test_nothing_leaks),
     };
