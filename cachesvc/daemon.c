@@ -38,8 +38,11 @@ static int control_make(struct daemon *d)
     d->control = base;
     if (fcntl(d->control_fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL))
         return -errno;
-    *d->control =
-        (struct pkv_control){.magic = PKV_MAGIC, .version_major = PKV_VERSION_MAJOR, .version_minor = PKV_VERSION_MINOR};
+    *d->control = (struct pkv_control){.magic = PKV_MAGIC,
+                                       .version_major = PKV_VERSION_MAJOR,
+                                       .version_minor = PKV_VERSION_MINOR,
+                                       .pool_bytes = d->config.pool_bytes,
+                                       .arena_bytes = d->config.arena_bytes};
     return getrandom(&d->control->instance, sizeof(d->control->instance), 0) < 0 ? -errno : 0;
 }
 

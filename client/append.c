@@ -7,7 +7,7 @@
 #define PIECE_BLOCKS     64u
 #define PIECE_SHARE      8u /* of the pool, at most: two pieces of several workers are in it at once */
 #define CACHED_BLOCKS    8u
-#define STATE_MIN_TOKENS 64u /* shorter appends teach a scheme nothing, so nobody asks the daemon for a state first */
+#define STATE_MIN_TOKENS 16u /* shorter appends teach a scheme nothing, so nobody asks the daemon for a state first */
 
 static uint64_t now_ns(void)
 {
