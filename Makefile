@@ -5,6 +5,7 @@ MESON_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?= host
 TEST_ARGS ?=
+QUALITY_ARGS ?=
 
 VENV = $(BUILD)/venv
 
@@ -29,6 +30,10 @@ test: build venv
 demo: build venv
 	$(VENV)/bin/python client/examples/demo.py --build-dir $(BUILD) $(DEMO_ARGS)
 
+# Mass, error and, with QUALITY_ARGS=--perplexity, perplexity of the signature schemes on a real model. Minutes.
+quality: build venv
+	$(VENV)/bin/python tests/quality/quality.py --build-dir $(BUILD) $(QUALITY_ARGS)
+
 bench: build
 	$(BUILD)/client/cli/pivotkv bench $(BENCH_ARGS)
 
@@ -38,4 +43,4 @@ install: build
 clean:
 	rm -rf $(BUILD) build-asan build-tsan build-ci
 
-.PHONY: all setup configure build venv test demo bench install clean
+.PHONY: all setup configure build venv test demo quality bench install clean

@@ -65,8 +65,8 @@ struct pkv_model_desc {
     uint32_t signature;  /* enum pkv_signature */
     uint32_t sig_bits;   /* 32..256, a multiple of 32; 0: one per head dimension, rounded up to 32 */
     const char *name;    /* at most 63 bytes; the identity of the weights that make K and V */
-    const char *weights; /* safetensors file of the scheme, or NULL */
-    float rope_base;     /* 0: no rope */
+    const char *weights; /* safetensors file of the scheme; NULL: PKV_SIGN needs none, PKV_CODE calibrates itself */
+    float rope_base;     /* 0: no rope; a PKV_CODE that calibrates itself undoes it, token numbers being positions */
     uint32_t rope_dims;  /* 0: head_dim */
     uint32_t rope_interleaved;
 };

@@ -77,6 +77,33 @@ class ServiceTest(unittest.TestCase):
             _, _, explain = sequence.explain(0, q, k=10, sinks=8, recent=16)
             self.assertEqual((explain.queries_sparse, explain.tokens_attended), (2, 2 * KV * 34))
 
+    def test_code_calibrates_itself_and_is_shared(self):
+        """Through the daemon: more mass than `sign` at the same bits, equal lists for a second worker and for a served one."""
+        count, spread = 2240, np.geomspace(3, 0.05, DIM).astype(np.float32)
+        k, v, q = self.numbers(count, KV, DIM) * spread, self.numbers(count, KV, DIM), self.numbers(count, Q, DIM) * 6
+        wish, missed = pivotkv.Budget(k=64, sinks=16, recent=16), {}
+        with pivotkv.connect(self.daemon.socket, threads=1) as kv:
+            for scheme in ("sign", "code"):
+                model = kv.model(f"learns-{scheme}", layers=1, q_heads=Q, kv_heads=KV, head_dim=DIM, dtype="f32", scheme=scheme)
+                sequence = model.sequence(4000)
+                for at in range(0, count, 224):
+                    sequence.append(0, k[at: at + 224], v[at: at + 224])
+                    sequence.attend(0, q[at: at + 224], wish)
+                missed[scheme] = 1 - sequence.audit(0, q[-1:], wish).mass
+            self.assertLess(missed["code"], 0.6 * missed["sign"])
+            mine = sequence.select(0, q[-1:], wish)
+            for served in (False, True):
+                with pivotkv.connect(self.daemon.socket, threads=1, served=served) as other:
+                    model = other.model("learns-code", layers=1, q_heads=Q, kv_heads=KV, head_dim=DIM, dtype="f32")
+                    theirs = model.open(sequence.handle).select(0, q[-1:], wish)
+                    np.testing.assert_array_equal(mine.index, theirs.index)
+                    np.testing.assert_array_equal(mine.score, theirs.score)
+                    # A sequence of its own needs no calibration any more.
+                    with model.sequence(1000) as fresh:
+                        fresh.append(0, k[:900], v[:900])
+                        again = 1 - fresh.audit(0, q[-1:], wish).mass
+                    self.assertLess(again, 0.6 * missed["sign"])
+
     def test_errors_have_numbers_and_sentences(self):
         with pivotkv.connect(self.daemon.socket, threads=1) as kv:
             model = kv.model("m", layers=LAYERS, q_heads=Q, kv_heads=KV, head_dim=DIM, dtype="f32")
