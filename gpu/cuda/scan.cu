@@ -8,9 +8,11 @@
  * adds them up. */
 #include "gpu/cuda/device.cuh"
 
-#define THREADS  512u
-#define WARPS    (THREADS / WARP)
-#define UNIT_INV 0x1p49f /* score() returns integers times its inverse */
+#define THREADS    512u
+#define WARPS      (THREADS / WARP)
+#define CODE_LEAST __uint_as_float((CODE_BASE + 1u) << 18)
+#define CODE_MOST  __uint_as_float((CODE_BASE + CODE_MAX) << 18)
+#define UNIT_INV   0x1p49f /* score() returns integers times its inverse */
 
 struct scan_shared {
     uint32_t counts[2048 + 8];
@@ -20,17 +22,15 @@ struct scan_shared {
 /* D = popc(A and B), A 16 tokens x 128 bits, B 128 bits x 8 columns. */
 static __device__ __forceinline__ void common_bits(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b, const int (&c)[4])
 {
-    asm volatile("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3},{%4,%5},{%6},{%7,%8,%9,%10};"
-                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-                 : "r"(a0), "r"(a1), "r"(b), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+    asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3},{%4,%5},{%6},{%7,%8,%9,%10};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a0), "r"(a1), "r"(b), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
 
 static __device__ __forceinline__ uint4 load_once(const uint4 *p)
 {
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3},[%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p));
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
 
@@ -116,8 +116,9 @@ static __device__ __forceinline__ uint32_t code_of(const uint4 (&s)[K], const st
             total[j] = set ? total[j] + power : power;
         }
     }
-    int code = (__float_as_int(quad_sum(total, lane)) >> 18) - CODE_BASE;
-    return (uint32_t)min(max(code, 1), (int)CODE_MAX);
+    /* Clamped as floats, where the code is 1 and CODE_MAX: one shift and one addition remain. */
+    float sum = fminf(fmaxf(quad_sum(total, lane), CODE_LEAST), CODE_MOST);
+    return (__float_as_uint(sum) >> 18) - CODE_BASE;
 }
 
 /* One block of 64 tokens is two halves of 32: a lane's loads, all steps. */
