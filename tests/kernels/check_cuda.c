@@ -334,6 +334,7 @@ static void check_gather(const struct world *w, const struct on_device *d)
     uint64_t lists = (uint64_t)d->a.queries * w->g.kv_heads, rows = cuda_rows_max(&d->a.policy),
              bytes = pkv_geom_row_bytes(&w->g);
     struct cuda_gather g = {&d->a, device_take(lists * rows * bytes)};
+    CUDA(cudaMemset(g.to, 0, lists * rows * bytes)); /* lists shorter than rows_max leave the rest as it is */
     MUST(table->gather(&g, NULL) == 0);
     CUDA(cudaDeviceSynchronize());
     char *got = host_copy(g.to, lists * rows * bytes);
