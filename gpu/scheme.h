@@ -58,6 +58,14 @@ struct scheme_verbs {
                   const float *query, float scale, float *ret_weights, float *ret_unit);
 };
 
+/* The end of splitmix64: every bit of the result depends on every bit of z. */
+static inline uint64_t scheme_mix(uint64_t z)
+{
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ z >> 31;
+}
+
 /* scheme_sign.c */
 int scheme_sign_open(struct gpu_scheme *scheme);
 bool scheme_sign_observe(struct gpu_scheme *scheme, const struct gpu_observation *observation);

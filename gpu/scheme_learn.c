@@ -20,13 +20,6 @@
 #define LEARN_TOKENS 2048u /* keys, and tokens with queries; twice as many give the same */
 #define PIECE        256u  /* tokens turned at a time */
 
-static uint64_t mix(uint64_t z)
-{
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull; /* splitmix64 */
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-    return z ^ z >> 31;
-}
-
 /* Cosines and sines of the angles from position `from` to `to`: [rope_dims / 2] each. */
 static void angles(const struct scheme_moments *m, double from, double to, float *cosines, float *sines)
 {
@@ -57,7 +50,7 @@ static void turned(const struct gpu_scheme *s, const struct gpu_observation *o, 
     for (uint32_t t = 0; t < tokens; t++) {
         uint64_t at = o->first_token + first + t;
         if (m->rope_dims)
-            angles(m, (double)at, (double)(mix(seed + at * 0x9e3779b97f4a7c15ull) % o->context), cosines, sines);
+            angles(m, (double)at, (double)(scheme_mix(seed + at * 0x9e3779b97f4a7c15ull) % o->context), cosines, sines);
         for (uint32_t h = 0; h < heads; h++) {
             float *x = to + ((uint64_t)h * tokens + t) * g->head_dim;
             gpu_kernels_c.to_float((const char *)from + ((uint64_t)(first + t) * heads + h) * bytes, g->dtype, x, g->head_dim);
@@ -76,34 +69,33 @@ static void add_up(const float *x, uint32_t rows, uint32_t dim, float *moment, d
             sum[d] += x[(uint64_t)r * dim + d];
 }
 
-static int gather_keys(struct gpu_scheme *s, const struct gpu_observation *o, uint32_t first, uint32_t tokens, float *scratch)
+/* One side's vectors of tokens [first, first + tokens) of an observation: its moments and, for keys, its sums. */
+struct side {
+    const void *from;
+    uint32_t heads; /* a multiple of kv_heads */
+    uint64_t seed;
+    float *moments;
+    double *sums;     /* NULL: none */
+    uint32_t *tokens; /* of this layer */
+};
+
+static void gather(const struct gpu_scheme *s, const struct gpu_observation *o, const struct side *x, uint32_t first,
+                   uint32_t tokens, float *scratch)
 {
     const struct pkv_geom *g = &s->geom;
-    struct scheme_moments *m = s->moments;
-    turned(s, o, o->k, g->kv_heads, first, tokens, mix(o->layer + 1), scratch);
+    uint32_t rows = tokens * (x->heads / g->kv_heads);
+    turned(s, o, x->from, x->heads, first, tokens, x->seed, scratch);
     for (uint32_t h = 0; h < g->kv_heads; h++) {
         uint64_t at = (uint64_t)o->layer * g->kv_heads + h;
-        add_up(scratch + (uint64_t)h * tokens * g->head_dim, tokens, g->head_dim, m->k + at * g->head_dim * g->head_dim,
-               m->k_sum + at * g->head_dim);
+        add_up(scratch + (uint64_t)h * rows * g->head_dim, rows, g->head_dim, x->moments + at * g->head_dim * g->head_dim,
+               x->sums ? x->sums + at * g->head_dim : NULL);
     }
-    m->k_tokens[o->layer] += tokens;
-    return 0;
+    *x->tokens += tokens;
 }
 
-static int gather_queries(struct gpu_scheme *s, const struct gpu_observation *o, uint32_t first, uint32_t tokens,
-                          float *scratch)
+static bool wanted(const struct side *x)
 {
-    const struct pkv_geom *g = &s->geom;
-    struct scheme_moments *m = s->moments;
-    uint32_t group = pkv_geom_group(g);
-    turned(s, o, o->q, g->q_heads, first, tokens, mix(o->layer + 1000003), scratch);
-    for (uint32_t h = 0; h < g->kv_heads; h++) {
-        uint64_t at = (uint64_t)o->layer * g->kv_heads + h;
-        add_up(scratch + (uint64_t)h * group * tokens * g->head_dim, tokens * group, g->head_dim,
-               m->q + at * g->head_dim * g->head_dim, NULL);
-    }
-    m->q_tokens[o->layer] += tokens;
-    return 0;
+    return x->from && *x->tokens < LEARN_TOKENS;
 }
 
 bool scheme_learn_observe(struct gpu_scheme *s, const struct gpu_observation *o)
@@ -113,19 +105,21 @@ bool scheme_learn_observe(struct gpu_scheme *s, const struct gpu_observation *o)
     uint32_t skip = o->first_token < SKIP ? (uint32_t)PKV_MIN(SKIP - o->first_token, (uint64_t)o->tokens) : 0;
     if (!m || s->learnt[o->layer] == SCHEME_SOLVED || m->given_up[o->layer])
         return false;
-    float *scratch = malloc((uint64_t)PIECE * g->q_heads * g->head_dim * sizeof(float));
-    int threads = openblas_get_num_threads();
+    const struct side sides[] = {
+        {o->k, g->kv_heads, scheme_mix(o->layer + 1), m->k, m->k_sum, m->k_tokens + o->layer},
+        {o->q, g->q_heads, scheme_mix(o->layer + 1000003), m->q, NULL, m->q_tokens + o->layer},
+    };
+    float *scratch =
+        wanted(&sides[0]) || wanted(&sides[1]) ? malloc((uint64_t)PIECE * g->q_heads * g->head_dim * sizeof(float)) : NULL;
     if (!scratch)
         return false;
     /* One thread: the pieces are small, and sums must not depend on the machine. */
+    int threads = openblas_get_num_threads();
     openblas_set_num_threads(1);
-    for (uint32_t at = skip; at < o->tokens; at += PIECE) {
-        uint32_t n = PKV_MIN(PIECE, o->tokens - at);
-        if (o->k && m->k_tokens[o->layer] < LEARN_TOKENS)
-            gather_keys(s, o, at, n, scratch);
-        if (o->q && m->q_tokens[o->layer] < LEARN_TOKENS)
-            gather_queries(s, o, at, n, scratch);
-    }
+    for (uint32_t at = skip; at < o->tokens; at += PIECE)
+        for (uint32_t i = 0; i < PKV_ARRAY_LEN(sides); i++)
+            if (wanted(&sides[i]))
+                gather(s, o, &sides[i], at, PKV_MIN(PIECE, o->tokens - at), scratch);
     bool solved = false;
     if (m->k_tokens[o->layer] >= LEARN_TOKENS && m->q_tokens[o->layer] >= LEARN_TOKENS) {
         solved = scheme_solve_layer(s, o->layer) == 0;

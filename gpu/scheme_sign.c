@@ -13,11 +13,7 @@
 
 static uint64_t random_bits(uint64_t *state)
 {
-    *state += 0x9e3779b97f4a7c15ull; /* splitmix64 */
-    uint64_t z = *state;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-    return z ^ z >> 31;
+    return scheme_mix(*state += 0x9e3779b97f4a7c15ull); /* splitmix64 */
 }
 
 static void rotate(const struct gpu_scheme *s, const struct gpu_kernels *kernels, const float *from, float *to)

@@ -8,6 +8,8 @@
 #include "gpu/scheme.h"
 
 #ifdef PKV_LAPACK
+#include <cblas.h>
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -40,7 +42,7 @@ static int solve_open(struct solve *x, uint32_t dim)
     return 0;
 }
 
-/* Eigenvectors of the symmetric `a` in place (one per column, ascending values in x->w). */
+/* Eigenvectors of the symmetric `a` in place (one per row as we index it, ascending values in x->w). */
 static int eigen(struct solve *x, double *a)
 {
     int n = (int)x->dim, info = 0;
@@ -48,24 +50,21 @@ static int eigen(struct solve *x, double *a)
     return info || !isfinite(x->w[0]) || !isfinite(x->w[n - 1]) ? -PKV_ERR_NOT_FINITE : 0;
 }
 
-/* to = sum over i of f[i] v_i v_i', with the eigenvectors as columns of v. */
-static void compose(uint32_t dim, const double *v, const double *f, double *to)
+/* to = a b, or a' b; row by row. A symmetric matrix, and what dsyevd_ makes of one, reads the same as its transpose's columns:
+ * eigenvectors are the rows. */
+static void product(uint32_t dim, bool turned, const double *a, const double *b, double *to)
 {
-    memset(to, 0, (uint64_t)dim * dim * sizeof(*to));
-    for (uint32_t i = 0; i < dim; i++)
-        for (uint32_t r = 0; r < dim; r++)
-            for (uint32_t c = 0; c < dim; c++)
-                to[(uint64_t)r * dim + c] += f[i] * v[(uint64_t)i * dim + r] * v[(uint64_t)i * dim + c];
+    int n = (int)dim;
+    cblas_dgemm(CblasRowMajor, turned ? CblasTrans : CblasNoTrans, CblasNoTrans, n, n, n, 1, a, n, b, n, 0, to, n);
 }
 
-/* Both matrices are symmetric. */
-static void product(uint32_t dim, const double *a, const double *b, double *to)
+/* to = sum over i of f[i] v_i v_i', v_i being row i of v. */
+static void compose(struct solve *x, const double *v, const double *f, double *to)
 {
-    memset(to, 0, (uint64_t)dim * dim * sizeof(*to));
-    for (uint32_t r = 0; r < dim; r++)
-        for (uint32_t k = 0; k < dim; k++)
-            for (uint32_t c = 0; c < dim; c++)
-                to[(uint64_t)r * dim + c] += a[(uint64_t)r * dim + k] * b[(uint64_t)k * dim + c];
+    for (uint32_t i = 0; i < x->dim; i++)
+        for (uint32_t c = 0; c < x->dim; c++)
+            x->v[(uint64_t)i * x->dim + c] = f[i] * v[(uint64_t)i * x->dim + c];
+    product(x->dim, true, v, x->v, to);
 }
 
 /* Lower triangles of sums into C and S. */
@@ -99,8 +98,8 @@ static int roots(struct solve *x)
         double root = sqrt(x->w[i] > FLOOR * x->w[dim - 1] ? x->w[i] : FLOOR * x->w[dim - 1]);
         up[i] = root, down[i] = 1 / root;
     }
-    compose(dim, x->c, up, x->h);
-    compose(dim, x->c, down, x->inverse);
+    compose(x, x->c, up, x->h);
+    compose(x, x->c, down, x->inverse);
     return 0;
 }
 
@@ -120,20 +119,17 @@ static void give_bits(const double *w, uint32_t dim, uint32_t total, uint8_t *bi
     }
 }
 
-static void write_head(struct gpu_scheme *s, uint64_t at, uint32_t layer, const struct solve *x)
+static void write_head(struct gpu_scheme *s, uint64_t at, uint32_t layer, struct solve *x)
 {
     uint32_t dim = x->dim;
-    float *a = s->k[0].weight + at * dim * dim, *b = s->q[0].weight + at * dim * dim;
     double w[PKV_HEAD_DIM_MAX];
+    product(dim, false, x->v, x->h, x->c);
+    product(dim, false, x->v, x->inverse, x->s);
     for (uint32_t i = 0; i < dim; i++) {
-        const double *v = x->v + (uint64_t)(dim - 1 - i) * dim;
+        uint64_t from = (uint64_t)(dim - 1 - i) * dim, to = (at * dim + i) * dim; /* largest first */
         w[i] = x->w[dim - 1 - i] > 0 ? x->w[dim - 1 - i] : 0;
-        for (uint32_t c = 0; c < dim; c++) {
-            double p = 0, q = 0;
-            for (uint32_t r = 0; r < dim; r++)
-                p += v[r] * x->h[(uint64_t)r * dim + c], q += v[r] * x->inverse[(uint64_t)r * dim + c];
-            a[(uint64_t)i * dim + c] = (float)p, b[(uint64_t)i * dim + c] = (float)q;
-        }
+        for (uint32_t c = 0; c < dim; c++)
+            s->k[0].weight[to + c] = (float)x->c[from + c], s->q[0].weight[to + c] = (float)x->s[from + c];
         s->mean[at * dim + i] = (float)(s->moments->k_sum[at * dim + i] / s->moments->k_tokens[layer]);
     }
     uint8_t *bits = s->bits + at * dim;
@@ -155,8 +151,8 @@ int scheme_solve_layer(struct gpu_scheme *s, uint32_t layer)
         r = roots(&x);
         if (r)
             break;
-        product(x.dim, x.h, x.s, x.c);
-        product(x.dim, x.c, x.h, x.v);
+        product(x.dim, false, x.h, x.s, x.c);
+        product(x.dim, false, x.c, x.h, x.v);
         r = eigen(&x, x.v);
         if (!r)
             write_head(s, at, layer, &x);

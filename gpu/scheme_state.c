@@ -40,7 +40,7 @@ struct state_head {
     uint64_t seed;
 };
 #define STATE_MAGIC 0x33545350u
-#define ARRAYS_MAX  8u
+enum { LEARNT, MEAN, DEVIATION, K_MAP, Q_MAP, LOW, STEP, BITS, ARRAYS_MAX }; /* in this order; the last five for `code` */
 
 struct array {
     void *data;
@@ -95,17 +95,17 @@ void gpu_scheme_state_export(const struct gpu_scheme *s, void *ret)
 static bool sound(const struct gpu_scheme *s, const struct array *from, uint32_t n)
 {
     uint64_t dims = (uint64_t)s->geom.layers * s->geom.kv_heads * s->dims;
-    const uint8_t *learnt = n ? from[0].data : NULL;
+    const uint8_t *learnt = n ? from[LEARNT].data : NULL;
     for (uint32_t l = 0; n && l < s->geom.layers; l++)
         if (!learnt[l] || learnt[l] > (s->kind == PKV_SCHEME_CODE ? SCHEME_SOLVED : 1))
             return false;
-    for (uint32_t i = 1; i < n && i < 7; i++)
+    for (uint32_t i = MEAN; i < n && i < BITS; i++)
         if (!gpu_kernels_c.finite(from[i].data, PKV_F32, from[i].bytes / sizeof(float)))
             return false;
     if (n < ARRAYS_MAX)
         return true;
-    const float *step = from[6].data;
-    const uint8_t *bits = from[7].data;
+    const float *step = from[STEP].data;
+    const uint8_t *bits = from[BITS].data;
     for (uint64_t d = 0; d < dims; d += s->dims) {
         uint32_t total = 0;
         bool solved = learnt[d / s->dims / s->geom.kv_heads] == SCHEME_SOLVED;
