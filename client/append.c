@@ -7,7 +7,7 @@
 #define PIECE_BLOCKS     64u
 #define PIECE_SHARE      8u /* of the pool, at most: two pieces of several workers are in it at once */
 #define CACHED_BLOCKS    8u
-#define STATE_MIN_TOKENS 16u /* shorter appends teach a scheme nothing, so nobody asks the daemon for a state first */
+#define STATE_MIN_TOKENS 16u /* shorter calls teach a scheme nothing, so nobody asks the daemon for a state first */
 
 static uint64_t now_ns(void)
 {
@@ -99,16 +99,15 @@ int model_learn(struct pkv_seq *seq, const struct gpu_observation *o)
         return r;
     if (changed)
         return sign_all_again(m, 0, m->geom.layers);
-    if (!gpu_scheme_observe(m->scheme, o))
-        return 0;
-    r = sign_all_again(m, o->layer, o->layer + 1);
+    if (gpu_scheme_observe(m->scheme, o))
+        r = sign_all_again(m, o->layer, o->layer + 1);
     if (r || !gpu_scheme_settled(m->scheme))
         return r;
     r = model_state_share(m, &changed);
     return r || !changed ? r : sign_all_again(m, 0, m->geom.layers);
 }
 
-static int learn_keys(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t tokens, const void *k)
+int model_learn_keys(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t tokens, const void *k)
 {
     struct gpu_observation o = {.layer = layer, .tokens = tokens, .first_token = first, .context = seq->max_tokens, .k = k};
     return model_learn(seq, &o);
@@ -137,7 +136,7 @@ static int append_direct(struct pkv_seq *seq, uint32_t layer, uint64_t first, ui
                                        .k = (const char *)k + done * bytes,
                                        .v = (const char *)v + done * bytes};
         r = gpu_append(kv->gpu, &args);
-        r = r ? r : learn_keys(seq, layer, first + done, n, args.k);
+        r = r ? r : model_learn_keys(seq, layer, first + done, n, args.k);
         r = r ? r : sign_rows(seq, layer, first + done, n, refs);
     }
     return r;

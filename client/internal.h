@@ -89,6 +89,7 @@ void seq_forget(struct pkv_seq *seq);
 /* append.c: shows keys or queries (finite) to a scheme that still learns. What was signed before it learnt is signed again;
  * what it has learnt, once complete, is shared. Outside of an epoch. */
 int model_learn(struct pkv_seq *seq, const struct gpu_observation *observation);
+int model_learn_keys(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t tokens, const void *k);
 
 /* One call's queries of one sequence. */
 struct attend_part {

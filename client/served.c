@@ -89,9 +89,7 @@ int served_append(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t 
     struct gpu_append_args rows = {
         .geom = g, .space = {{NULL, s.base, NULL}}, .blocks = s.refs, .first_token = in, .tokens = tokens, .k = k, .v = v};
     r = gpu_append(kv->gpu, &rows);
-    r = r ? r
-          : model_learn(seq, &(struct gpu_observation){
-                                 .layer = layer, .tokens = tokens, .first_token = first, .context = seq->max_tokens, .k = k});
+    r = r ? r : model_learn_keys(seq, layer, first, tokens, k);
     r = r ? r : staging_sign(seq, layer, &s, in, tokens);
     for (uint32_t done = 0, n; done < tokens && !r; done += n) {
         n = PKV_MIN(room, tokens - done);
