@@ -22,8 +22,8 @@ union message {
     struct pkv_bye bye;
 };
 
-/* Always true: a peer that is gone, or that does not read, sent no bad message. Its socket ends; the next turn sees it. */
-static bool reply(struct worker *w, uint16_t message, struct pkv_reply *r, const int *fds, uint16_t count)
+/* A peer that is gone, or that does not read, sent no bad message: its socket ends, and the next turn sees it. */
+static void reply(struct worker *w, uint16_t message, struct pkv_reply *r, const int *fds, uint16_t count)
 {
     r->magic = PKV_MAGIC, r->message = message, r->fds = count;
     r->version_major = PKV_VERSION_MAJOR, r->version_minor = PKV_VERSION_MINOR;
@@ -41,7 +41,6 @@ static bool reply(struct worker *w, uint16_t message, struct pkv_reply *r, const
     }
     if (sendmsg(w->socket, &m, MSG_NOSIGNAL | MSG_DONTWAIT) != (ssize_t)sizeof(*r))
         shutdown(w->socket, SHUT_RDWR);
-    return true;
 }
 
 static enum pkv_err region_make(struct worker *w, uint64_t data_bytes)
@@ -103,26 +102,29 @@ static bool on_hello(struct worker *w, const struct pkv_hello *h)
     log_info("worker %u (%s, pid %d) joined tenant %s", w->id, w->label, w->pid, w->tenant);
     r.id = w->id, r.bytes = w->region_bytes;
     int fds[FDS_MAX] = {w->region_fd, w->event, d->control_fd, tables};
-    return reply(w, PKV_MSG_HELLO, &r, fds, FDS_MAX);
+    reply(w, PKV_MSG_HELLO, &r, fds, FDS_MAX);
+    return true;
 }
 
-static bool on_model(struct worker *w, struct pkv_model_request *m)
+static void on_model(struct worker *w, struct pkv_model_request *m)
 {
     struct pkv_reply r = {.err = pkv_check_model(m)};
     if (r.err == PKV_ERR_OK)
         r.err = core_model_add(w->daemon->core, m, &r.id);
-    return reply(w, PKV_MSG_MODEL, &r, NULL, 0);
+    reply(w, PKV_MSG_MODEL, &r, NULL, 0);
 }
 
-static bool on_map(struct worker *w, const struct pkv_map_request *m)
+static void on_map(struct worker *w, const struct pkv_map_request *m)
 {
     struct pkv_reply r = {.err = m->reserved ? PKV_ERR_RESERVED : core_chunk_map(w->daemon->core, w->id, m->tier, m->chunk)};
-    if (r.err != PKV_ERR_OK)
-        return reply(w, PKV_MSG_MAP, &r, NULL, 0);
+    if (r.err != PKV_ERR_OK) {
+        reply(w, PKV_MSG_MAP, &r, NULL, 0);
+        return;
+    }
     w->direct = true;
     const struct offload_chunk *c = &w->daemon->memory.chunks[m->tier][m->chunk];
     r.bytes = c->bytes;
-    return reply(w, PKV_MSG_MAP, &r, &c->fd, 1);
+    reply(w, PKV_MSG_MAP, &r, &c->fd, 1);
 }
 
 /* A worker's memfd that others will map: nobody may change or shrink it any more. */
@@ -137,25 +139,28 @@ static enum pkv_err state_check(int fd, uint64_t *ret_bytes)
     return PKV_ERR_OK;
 }
 
-static bool on_state(struct worker *w, const struct pkv_state_request *s, int *fd)
+static void on_state(struct worker *w, const struct pkv_state_request *s, int *fd)
 {
     struct pkv_reply r = {.err = s->reserved || s->reserved0 ? PKV_ERR_RESERVED : PKV_ERR_OK};
     if (r.err == PKV_ERR_OK && !core_model(w->daemon->core, s->model))
         r.err = PKV_ERR_NO_MODEL;
-    if (r.err != PKV_ERR_OK)
-        return reply(w, s->message, &r, NULL, 0);
+    if (r.err != PKV_ERR_OK) {
+        reply(w, s->message, &r, NULL, 0);
+        return;
+    }
     struct daemon_state *state = &w->daemon->states[s->model];
     if (s->message == PKV_MSG_STATE_GET) {
         r.err = state->fd < 0 ? PKV_ERR_NO_STATE : PKV_ERR_OK;
         r.bytes = state->bytes;
-        return reply(w, s->message, &r, &state->fd, state->fd >= 0);
+        reply(w, s->message, &r, &state->fd, state->fd >= 0);
+        return;
     }
     r.err = state->fd >= 0 ? PKV_ERR_STATE_EXISTS : state_check(*fd, &r.bytes);
     if (r.err == PKV_ERR_OK) {
         *state = (struct daemon_state){*fd, r.bytes};
         *fd = -1;
     }
-    return reply(w, s->message, &r, NULL, 0);
+    reply(w, s->message, &r, NULL, 0);
 }
 
 static bool dispatch(struct worker *w, union message *m, size_t bytes, int *fd)
@@ -169,12 +174,21 @@ static bool dispatch(struct worker *w, union message *m, size_t bytes, int *fd)
         m->hello.reserved[0] |= bytes != sizeof(m->hello);
         return on_hello(w, &m->hello);
     case PKV_MSG_MODEL:
-        return bytes == sizeof(m->model) && on_model(w, &m->model);
+        if (bytes != sizeof(m->model))
+            return false;
+        on_model(w, &m->model);
+        return true;
     case PKV_MSG_MAP:
-        return bytes == sizeof(m->map) && on_map(w, &m->map);
+        if (bytes != sizeof(m->map))
+            return false;
+        on_map(w, &m->map);
+        return true;
     case PKV_MSG_STATE_PUT:
     case PKV_MSG_STATE_GET:
-        return bytes == sizeof(m->state) && on_state(w, &m->state, fd);
+        if (bytes != sizeof(m->state))
+            return false;
+        on_state(w, &m->state, fd);
+        return true;
     default:
         return false;
     }

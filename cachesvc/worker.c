@@ -1,7 +1,7 @@
 /* Life and rings of a worker. What can go wrong, and what becomes of it: the process dies at any point: its socket ends (the
- * kernel closes it after the memory is gone) or its pidfd reports, all it held is freed; it stops reaping: its completions
- * wait in a backlog, beyond WORKER_BACKLOG_MAX it is dropped; it never says hello: dropped after HELLO_NS by the loop; it
- * writes nonsense into its region: each submission is copied once and the copy checked. */
+ * kernel closes it after the memory is gone) or its pidfd reports, what it had submitted is done and all it held is freed; it
+ * stops reaping: its completions wait in a backlog, beyond WORKER_BACKLOG_MAX it is dropped; it never says hello: dropped after
+ * HELLO_NS by the loop; it writes nonsense into its region: each submission is copied once and the copy checked. */
 #include "cachesvc/worker.h"
 
 #include "cachesvc/optable.h"
