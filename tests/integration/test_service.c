@@ -177,18 +177,25 @@ static void test_two_workers(void **state)
     free(k), free(v), free(q);
 }
 
+/* A persistent sequence that one worker fills and leaves, in the hands of the next. */
+static struct pkv *left_behind(const float *k, const float *v, uint32_t tokens, struct pkv_seq **ret)
+{
+    struct pkv *first = attach(&daemon_, 0);
+    GOOD(first, pkv_seq_create(open_model(first), 1000, PKV_PERSISTENT, "kept", ret));
+    GOOD(first, append_all(*ret, k, v, tokens));
+    uint64_t handle = pkv_seq_handle(*ret);
+    pkv_close(first);
+    struct pkv *second = attach(&daemon_, 0);
+    GOOD(second, pkv_seq_open(open_model(second), handle, ret));
+    return second;
+}
+
 static void test_persistent(void **state)
 {
     (void)state;
     float *k = test_floats(14, 500 * ROW), *v = test_floats(15, 500 * ROW), *q = test_floats(16, QUERY);
-    struct pkv *first = attach(&daemon_, 0);
     struct pkv_seq *seq;
-    GOOD(first, pkv_seq_create(open_model(first), 1000, PKV_PERSISTENT, "kept", &seq));
-    GOOD(first, append_all(seq, k, v, 200));
-    uint64_t handle = pkv_seq_handle(seq);
-    pkv_close(first);
-    struct pkv *second = attach(&daemon_, 0);
-    GOOD(second, pkv_seq_open(open_model(second), handle, &seq));
+    struct pkv *second = left_behind(k, v, 200, &seq);
     assert_exact(second, seq, k, v, q, 192); /* sealed blocks stay */
     GOOD(second, append_all(seq, k + 192 * ROW, v + 192 * ROW, 300));
     assert_exact(second, seq, k, v, q, 492);
@@ -203,14 +210,8 @@ static void test_goodbye_after_seals(void **state)
     (void)state;
     float *k = test_floats(14, 500 * ROW), *v = test_floats(15, 500 * ROW);
     for (int round = 0; round < 40; round++) {
-        struct pkv *first = attach(&daemon_, 0);
         struct pkv_seq *seq;
-        GOOD(first, pkv_seq_create(open_model(first), 1000, PKV_PERSISTENT, "kept", &seq));
-        GOOD(first, append_all(seq, k, v, 448));
-        uint64_t handle = pkv_seq_handle(seq);
-        pkv_close(first);
-        struct pkv *second = attach(&daemon_, 0);
-        GOOD(second, pkv_seq_open(open_model(second), handle, &seq));
+        struct pkv *second = left_behind(k, v, 448, &seq);
         assert_int_equal(pkv_seq_tokens(seq), 448);
         GOOD(second, pkv_seq_destroy(seq));
         pkv_close(second);

@@ -197,7 +197,6 @@ def run(options: argparse.Namespace) -> list[dict]:
 
 def main() -> int:
     options = arguments()
-    sys.path.insert(0, str(options.build_dir))
     os.environ.setdefault("PIVOTKV_LIBRARY", str(options.build_dir / "client" / "libpivotkv.so"))
     try:
         results = run(options)

@@ -36,8 +36,7 @@ static struct gpu_scheme *open_scheme(uint32_t kind)
 
 static void show(struct gpu_scheme *s, uint32_t layer, uint64_t first, uint32_t tokens, const float *k, const float *q)
 {
-    struct gpu_observation o = {
-        .layer = layer, .tokens = tokens, .first_token = first, .context = 32768, .k = k ? k : NULL, .q = q ? q : NULL};
+    struct gpu_observation o = {.layer = layer, .tokens = tokens, .first_token = first, .context = 32768, .k = k, .q = q};
     gpu_scheme_observe(s, &o);
 }
 
@@ -124,6 +123,16 @@ static void test_better_than_sign(void **state)
     free(k), free(q);
 }
 
+static void assert_sign_alike(const struct gpu_scheme *x, const struct gpu_scheme *y, const float *k)
+{
+    for (uint32_t t = 0; t < 100; t++) {
+        uint32_t a[2], b[2];
+        x->verbs->sign(x, &gpu_kernels_c, 1, 1, k + (uint64_t)t * DIM, a);
+        y->verbs->sign(y, &gpu_kernels_c, 1, 1, k + (uint64_t)t * DIM, b);
+        assert_memory_equal(a, b, sizeof(a));
+    }
+}
+
 /* Until a layer is solved it signs as `sign` does. */
 static void test_sign_meanwhile(void **state)
 {
@@ -132,17 +141,12 @@ static void test_sign_meanwhile(void **state)
     struct gpu_scheme *code = open_scheme(PKV_SCHEME_CODE), *sign = open_scheme(PKV_SCHEME_SIGN);
     show(code, 1, 0, 600, k, NULL);
     show(sign, 1, 0, 600, k, NULL);
-    for (uint32_t t = 0; t < 100; t++) {
-        uint32_t a[2], b[2];
-        code->verbs->sign(code, &gpu_kernels_c, 1, 1, k + (uint64_t)t * DIM, a);
-        sign->verbs->sign(sign, &gpu_kernels_c, 1, 1, k + (uint64_t)t * DIM, b);
-        assert_memory_equal(a, b, sizeof(a));
-    }
+    assert_sign_alike(code, sign, k);
     gpu_scheme_close(code), gpu_scheme_close(sign);
     free(k);
 }
 
-/* Half-split pairs, positions first.. */
+/* Keys at positions from `first` on; half-split pairs. */
 static float *with_rope(const float *x, uint64_t first, uint32_t tokens)
 {
     float *to = malloc((uint64_t)tokens * KV * DIM * sizeof(*to));
@@ -213,12 +217,7 @@ static void test_state(void **state)
     assert_false(gpu_scheme_settled(other));
     assert_int_equal(gpu_scheme_state_import(other, good, bytes), 0);
     assert_true(gpu_scheme_settled(other));
-    for (uint32_t t = 0; t < 100; t++) {
-        uint32_t a[2], b[2];
-        s->verbs->sign(s, &gpu_kernels_c, 1, 1, k + (uint64_t)t * DIM, a);
-        other->verbs->sign(other, &gpu_kernels_c, 1, 1, k + (uint64_t)t * DIM, b);
-        assert_memory_equal(a, b, sizeof(a));
-    }
+    assert_sign_alike(s, other, k);
     gpu_scheme_close(s), gpu_scheme_close(other);
     free(k), free(q), free(good), free(bad);
 }
