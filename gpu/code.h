@@ -39,7 +39,7 @@ static inline uint16_t gpu_code_softmax(float sum)
 }
 
 /* The middle of the sums that have this code: what top-p counts for one token. */
-static inline double gpu_code_mass(uint32_t code)
+static inline PKV_HD double gpu_code_mass(uint32_t code)
 {
     uint32_t steps = code + GPU_CODE_BASE;
     return ldexp(1.0 + (steps % GPU_CODE_STEPS + 0.5) / GPU_CODE_STEPS, (int)(steps / GPU_CODE_STEPS) - 127);

@@ -71,15 +71,7 @@ static __device__ void sign_mapped(const struct cuda_append &a, uint64_t at, con
     const struct cuda_scheme &s = a.scheme;
     bool code = s.kind == PKV_SCHEME_CODE;
     uint32_t out = code ? s.dims : g.sig_bits;
-    for (uint32_t o = lane / 16; o < PKV_ALIGN_UP(out, 2u); o += 2) {
-        uint32_t row = min(o, out - 1);
-        float v = dot16(s.k_weight + (at * out + row) * g.head_dim, key, g.head_dim, lane % 16);
-        if (s.k_bias)
-            v = __fadd_rn(v, s.k_bias[at * out + row]);
-        if (lane % 16 == 0 && o < out)
-            values[o] = v;
-    }
-    __syncwarp();
+    apply_map(s.k_weight, s.k_bias, at, out, key, g.head_dim, values, lane);
     if (!code) {
         for (uint32_t w = 0; w < pkv_geom_words(&g); w++) {
             uint32_t word = __ballot_sync(ALL_LANES, values[w * 32 + lane] > 0);

@@ -7,7 +7,7 @@
 
 #define THREADS 256u
 #define WARPS   (THREADS / WARP)
-#define HEADS   4u
+#define HEADS   CUDA_HEADS
 #define ROWS    512u /* addresses worked out at a time */
 #define VECTOR  8u   /* dimensions a lane */
 
@@ -121,8 +121,6 @@ static __device__ __forceinline__ void step(const uint64_t *address, uint32_t ro
     }
 }
 
-#define PARTIAL(dim) (HEADS * (dim) + 2 * HEADS) /* floats */
-
 /* Warps of the block into one. */
 template <uint32_t DIM> static __device__ void write_partial(struct attend_shared<DIM> *m, float *to)
 {
@@ -154,14 +152,14 @@ static __device__ void weigh_splits(const struct cuda_attend &a, const float *pa
 {
     uint32_t h = threadIdx.x / WARP, lane = threadIdx.x % WARP, next = lane + WARP;
     const float *p = partials + HEADS * DIM + h;
-    float max0 = lane < a.splits ? __ldcg(p + lane * PARTIAL(DIM)) : NOTHING;
-    float max1 = next < a.splits ? __ldcg(p + next * PARTIAL(DIM)) : NOTHING;
-    float sum0 = lane < a.splits ? __ldcg(p + lane * PARTIAL(DIM) + HEADS) : 0.0f;
-    float sum1 = next < a.splits ? __ldcg(p + next * PARTIAL(DIM) + HEADS) : 0.0f, most = fmaxf(max0, max1);
+    float max0 = lane < a.splits ? __ldcg(p + lane * CUDA_PARTIAL(DIM)) : NOTHING;
+    float max1 = next < a.splits ? __ldcg(p + next * CUDA_PARTIAL(DIM)) : NOTHING;
+    float sum0 = lane < a.splits ? __ldcg(p + lane * CUDA_PARTIAL(DIM) + HEADS) : 0.0f;
+    float sum1 = next < a.splits ? __ldcg(p + next * CUDA_PARTIAL(DIM) + HEADS) : 0.0f, most = fmaxf(max0, max1);
     for (uint32_t s = 16; s; s /= 2)
         most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, s));
     max0 = exp2_fast(max0 - most), max1 = exp2_fast(max1 - most);
-    weight[h * 64 + lane] = max0, weight[h * 64 + next] = max1;
+    weight[h * CUDA_SPLITS_MAX + lane] = max0, weight[h * CUDA_SPLITS_MAX + next] = max1;
     sum0 = sum0 * max0 + sum1 * max1;
     for (uint32_t s = 16; s; s /= 2)
         sum0 += __shfl_xor_sync(ALL_LANES, sum0, s);
@@ -176,7 +174,7 @@ static __device__ void write_result(const struct cuda_attend &a, struct attend_s
                                     uint64_t q_head, uint32_t heads)
 {
     constexpr uint32_t QUADS = HEADS * DIM / 4, LANES = THREADS / QUADS ? THREADS / QUADS : 1;
-    float *weight = (float *)m->address, *total = weight + HEADS * 64; /* [HEADS][64], [HEADS] */
+    float *weight = (float *)m->address, *total = weight + HEADS * CUDA_SPLITS_MAX; /* [HEADS][CUDA_SPLITS_MAX], [HEADS] */
     uint32_t quad = threadIdx.x % QUADS, first = threadIdx.x / QUADS;
     float4 sum = make_float4(0, 0, 0, 0);
     for (uint32_t begin = first; begin < a.splits + LANES; begin += FLIGHT * LANES) {
@@ -184,7 +182,7 @@ static __device__ void write_result(const struct cuda_attend &a, struct attend_s
 #pragma unroll
         for (uint32_t i = 0; i < FLIGHT; i++) {
             uint32_t s = begin + i * LANES;
-            v[i] = s < a.splits && first < LANES ? __ldcg((const float4 *)(partials + s * PARTIAL(DIM)) + quad)
+            v[i] = s < a.splits && first < LANES ? __ldcg((const float4 *)(partials + s * CUDA_PARTIAL(DIM)) + quad)
                                                  : make_float4(0, 0, 0, 0);
         }
         if (begin == first) {
@@ -195,7 +193,7 @@ static __device__ void write_result(const struct cuda_attend &a, struct attend_s
 #pragma unroll
         for (uint32_t i = 0; i < FLIGHT; i++) {
             uint32_t s = begin + i * LANES;
-            float w = s < a.splits ? weight[quad * 4 / DIM * 64 + s] : 0.0f;
+            float w = s < a.splits ? weight[quad * 4 / DIM * CUDA_SPLITS_MAX + s] : 0.0f;
             sum.x = fmaf(v[i].x, w, sum.x), sum.y = fmaf(v[i].y, w, sum.y);
             sum.z = fmaf(v[i].z, w, sum.z), sum.w = fmaf(v[i].w, w, sum.w);
         }
@@ -221,7 +219,6 @@ static __device__ void attend_rows(const struct cuda_attend &a, struct attend_sh
                                    const float (&q)[HEADS][VECTOR], struct state &s)
 {
     constexpr uint32_t USED = DIM / VECTOR, GROUP = USED == 12 ? 16 : USED, SLOTS = WARP / GROUP, U = sizeof(T) == 4 ? 2 : 5;
-    const struct pkv_geom &g = a.geom;
     uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const struct pkv_block_ref *blocks = blocks_of(a, query);
     const uint32_t *index = a.work.index + (uint64_t)list * cuda_rows_max(&a.policy);
@@ -231,8 +228,7 @@ static __device__ void attend_rows(const struct cuda_attend &a, struct attend_sh
         uint32_t rows = min(ROWS, end - at);
         for (uint32_t i = threadIdx.x; i < rows; i += THREADS) {
             uint32_t token = span.dense ? at + i : index[at + i];
-            m->address[i] = (uint64_t)place_address(a.base, blocks[token / PKV_BLOCK_TOKENS].rows, pkv_geom_block_bytes(&g)) +
-                            pkv_geom_row_offset(&g, head, token % PKV_BLOCK_TOKENS);
+            m->address[i] = (uint64_t)row_address(a, blocks, head, token);
         }
         __syncthreads();
         for (uint32_t row = warp * SLOTS; row < rows; row += U * WARPS * SLOTS)
@@ -280,8 +276,8 @@ __global__ void __launch_bounds__(THREADS, 2) attend_kernel(const __grid_constan
             m->max[warp][h] = s.max[h], m->sum[warp][h] = s.sum[h];
         }
     __syncthreads();
-    float *partials = a.work.partial + (uint64_t)item * a.splits * PARTIAL(DIM);
-    write_partial<DIM>(m, partials + (uint64_t)split * PARTIAL(DIM));
+    float *partials = a.work.partial + (uint64_t)item * a.splits * CUDA_PARTIAL(DIM);
+    write_partial<DIM>(m, partials + (uint64_t)split * CUDA_PARTIAL(DIM));
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0)
@@ -337,9 +333,7 @@ __global__ void __launch_bounds__(THREADS) gather_kernel(const __grid_constant__
     uint32_t count = a.work.chosen[list];
     for (uint32_t i = blockIdx.x * WARPS + threadIdx.x / WARP; i < count; i += gridDim.x * WARPS) {
         uint32_t token = a.work.index[first + i];
-        const uint4 *from =
-            (const uint4 *)(place_address(a.base, blocks[token / PKV_BLOCK_TOKENS].rows, pkv_geom_block_bytes(&g)) +
-                            pkv_geom_row_offset(&g, head, token % PKV_BLOCK_TOKENS));
+        const uint4 *from = (const uint4 *)row_address(a, blocks, head, token);
         for (uint32_t p = lane; p < bytes / 16; p += WARP)
             ((uint4 *)(to + (first + i) * bytes))[p] = __ldg(from + p);
     }
@@ -356,6 +350,8 @@ extern "C" int cuda_attend_preload(void)
 
 extern "C" int cuda_attend_launch(const struct cuda_attend *a, void *stream)
 {
+    if (!a->splits || a->splits > CUDA_SPLITS_MAX)
+        return -(int)PKV_ERR_SHAPE;
     return a->geom.dtype == PKV_F32   ? start_dim<float>(a, stream)
            : a->geom.dtype == PKV_F16 ? start_dim<__half>(a, stream)
                                       : start_dim<__nv_bfloat16>(a, stream);

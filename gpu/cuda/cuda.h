@@ -1,8 +1,7 @@
-/* The CUDA backend's table of launchers, as a module that is opened at run time: one build serves machines with and without
- * a GPU. Every launcher takes one struct and a stream, checks what it can check without the device, launches, and returns 0 or
- * -enum pkv_err: no synchronisation, no allocation, no decision of the host that depends on lengths. Lengths and block tables
- * are read on the device, so a captured graph replays with sequences that have grown since. Private to gpu; C and CUDA C++
- * read it alike.
+/* The CUDA backend's table of launchers. Every launcher takes one struct and a stream, checks what it can check without the
+ * device, launches, and returns 0 or -enum pkv_err: no synchronisation, no allocation, no decision of the host that depends on
+ * lengths. Lengths and block tables are read on the device, so a captured graph replays with sequences that have grown since.
+ * Private to gpu; C and CUDA C++ read it alike.
  *
  * All pointers are device-visible addresses, owned by the caller. */
 #ifndef GPU_CUDA_CUDA_H
@@ -50,7 +49,12 @@ struct cuda_work {
     float *partial;    /* [lists][head chunks][splits]: out [4][head_dim], max [4], sum [4] */
     uint32_t *arrived; /* [lists][head chunks] splits that are done; zero between calls */
 };
-#define CUDA_COUNTS 2128u /* 2049 fine, 64 coarse, rest padding */
+#define CUDA_COUNTS            2128u /* 2049 fine, at CUDA_COARSE 64 coarse (every 32nd), rest padding */
+#define CUDA_COARSE            2056u
+#define CUDA_PARTS_MAX         64u
+#define CUDA_SPLITS_MAX        64u                              /* two a lane of the warp that weighs them */
+#define CUDA_HEADS             4u                               /* q heads that attend takes together: a chunk */
+#define CUDA_PARTIAL(head_dim) (CUDA_HEADS * ((head_dim) + 2u)) /* floats of a split's result */
 
 struct cuda_policy {
     uint32_t k, sinks, recent, rule, dense_below; /* as in gpu_policy */
@@ -99,7 +103,7 @@ static inline PKV_HD uint32_t cuda_rows_max(const struct cuda_policy *p)
 }
 static inline PKV_HD uint32_t cuda_head_chunks(const struct pkv_geom *g)
 {
-    return (pkv_geom_group(g) + 3u) / 4u;
+    return PKV_DIV_UP(pkv_geom_group(g), CUDA_HEADS);
 }
 
 /* No length that tokens_max allows needs selection. Today's lengths have no say: a replay may find others. */

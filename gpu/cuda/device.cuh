@@ -2,6 +2,7 @@
 #ifndef GPU_CUDA_DEVICE_CUH
 #define GPU_CUDA_DEVICE_CUH
 
+#include "gpu/code.h"
 #include "gpu/cuda/launch.h"
 #include "proto/err.h"
 
@@ -13,10 +14,6 @@
 #define ALL_LANES 0xffffffffu
 #define LOG2E     1.44269504f
 #define NOTHING   (-1e30f) /* below every score; keeps differences finite */
-
-/* The codes of gpu/code.h: 32 steps an octave, exponents -50..13. */
-#define CODE_MAX  2047u
-#define CODE_BASE ((127 - 50) * 32)
 
 /* A launch starts while the former one ends: everything that the former wrote is there from here on. What a call is given
  * (queries, lengths, tables, rows, signatures) was there before its first kernel passed this line, and that kernel lets the
@@ -68,6 +65,13 @@ static __device__ __forceinline__ float to_float(__nv_bfloat16 x)
 static __device__ __forceinline__ char *place_address(const uint64_t *const *base, uint64_t place, uint64_t slot_bytes)
 {
     return (char *)pkv_place_address(base[pkv_place_tier(place)][pkv_place_chunk(place)], place, slot_bytes);
+}
+
+static __device__ __forceinline__ const char *row_address(const struct cuda_attend &a, const struct pkv_block_ref *blocks,
+                                                          uint32_t head, uint32_t token)
+{
+    return place_address(a.base, blocks[token / PKV_BLOCK_TOKENS].rows, pkv_geom_block_bytes(&a.geom)) +
+           pkv_geom_row_offset(&a.geom, head, token % PKV_BLOCK_TOKENS);
 }
 
 /* The tokens of a query that are neither sinks nor recent. */

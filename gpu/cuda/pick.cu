@@ -5,14 +5,12 @@
  * positions: no barrier between parts, and the order does not depend on their timing. */
 #include "gpu/cuda/device.cuh"
 
-#define THREADS   512u
-#define WARPS     (THREADS / WARP)
-#define PARTS_MAX 64u
-#define COARSE    2056u
+#define THREADS 512u
+#define WARPS   (THREADS / WARP)
 
 struct pick_shared {
     uint32_t coarse[64];
-    uint32_t fine[PARTS_MAX][33]; /* suffix counts of the threshold's 32 codes and the next one */
+    uint32_t fine[CUDA_PARTS_MAX][33]; /* suffix counts of the threshold's 32 codes and the next one */
     uint32_t greater[WARPS], equal[WARPS];
     double mass[WARPS];
     uint32_t k;
@@ -23,12 +21,6 @@ struct pick_shared {
 struct threshold {
     uint32_t code, ties, before_greater, before_equal;
 };
-
-static __device__ __forceinline__ double code_mass(uint32_t code)
-{
-    uint32_t steps = code + CODE_BASE;
-    return ldexp(1.0 + (steps % 32 + 0.5) / 32, (int)(steps / 32) - 127);
-}
 
 /* Top-p: the smallest k whose estimated mass, with one per q head for sinks and recent, reaches p; at most k. */
 static __device__ void budget(const struct cuda_attend &a, struct pick_shared *m, const uint32_t *counts, uint32_t k)
@@ -41,7 +33,7 @@ static __device__ void budget(const struct cuda_attend &a, struct pick_shared *m
             suffix[j] += counts[r * CUDA_COUNTS + t * 4 + j];
     }
     for (uint32_t j = 4; j-- > 0;)
-        sum += own[j] = (t * 4 + j ? (suffix[j] - suffix[j + 1]) * code_mass(t * 4 + j) : 0.0);
+        sum += own[j] = (t * 4 + j ? (suffix[j] - suffix[j + 1]) * gpu_code_mass(t * 4 + j) : 0.0);
     double scan = sum;
     for (uint32_t s = 1; s < WARP; s *= 2) {
         double other = __shfl_down_sync(ALL_LANES, scan, s);
@@ -60,7 +52,7 @@ static __device__ void budget(const struct cuda_attend &a, struct pick_shared *m
     double missing = a.policy.top_p * total - group;
     for (uint32_t j = 4; j-- > 0; above += own[j])
         if (above < missing && above + own[j] >= missing)
-            atomicMin(&m->k, suffix[j + 1] + (uint32_t)ceil((missing - above) / code_mass(t * 4 + j)));
+            atomicMin(&m->k, suffix[j + 1] + (uint32_t)ceil((missing - above) / gpu_code_mass(t * 4 + j)));
     if (t == 0 && missing <= 0)
         atomicMin(&m->k, 0u);
     __syncthreads();
@@ -73,7 +65,7 @@ static __device__ struct threshold find(const struct cuda_attend &a, struct pick
     /* Eight threads add up one coarse sum. */
     uint32_t sum = 0;
     for (uint32_t r = threadIdx.x % 8; r < a.parts; r += 8)
-        sum += __ldcg(counts + r * CUDA_COUNTS + COARSE + threadIdx.x / 8);
+        sum += __ldcg(counts + r * CUDA_COUNTS + CUDA_COARSE + threadIdx.x / 8);
     for (uint32_t s = 4; s; s /= 2)
         sum += __shfl_xor_sync(ALL_LANES, sum, s);
     if (threadIdx.x % 8 == 0)
@@ -263,7 +255,7 @@ extern "C" int cuda_pick_preload(void)
 
 extern "C" int cuda_pick_launch(const struct cuda_attend *a, void *stream)
 {
-    if (!a->parts || a->parts > PARTS_MAX)
+    if (!a->parts || a->parts > CUDA_PARTS_MAX)
         return -(int)PKV_ERR_SHAPE;
     return launch(pick_kernel, dim3(a->queries * a->geom.kv_heads * a->parts), THREADS, 0, *a, stream);
 }

@@ -76,15 +76,7 @@ static __device__ void weigh_mapped(const struct cuda_attend &a, struct query_sh
     uint64_t map = !code && s.q_own ? own : at;
     uint32_t out = code ? s.dims : g.sig_bits;
     float *values = m->real[h] + PKV_SIG_BITS_MAX;
-    for (uint32_t o = lane / 16; o < PKV_ALIGN_UP(out, 2u); o += 2) {
-        uint32_t row = o < out ? o : out - 1;
-        float v = dot16(weight + (map * out + row) * g.head_dim, m->q[h], g.head_dim, lane % 16);
-        if (bias)
-            v = __fadd_rn(v, bias[map * out + row]);
-        if (lane % 16 == 0 && o < out)
-            values[o] = v;
-    }
-    __syncwarp();
+    apply_map(weight, bias, map, out, m->q[h], g.head_dim, values, lane);
     if (!code) {
         for (uint32_t b = lane; b < g.sig_bits; b += WARP)
             m->real[h][b] = s.q_signs ? (values[b] > 0 ? 1.0f : -1.0f) : values[b];
@@ -145,11 +137,11 @@ static __device__ void tile_addresses(const struct cuda_attend &a, struct bias_t
 {
     const struct pkv_geom &g = a.geom;
     for (uint32_t i = threadIdx.x; i < rows; i += THREADS) {
-        uint32_t n = begin + i, token = n < span.first ? n : span.last + (n - span.first), in = token % PKV_BLOCK_TOKENS;
-        struct pkv_block_ref ref = blocks[token / PKV_BLOCK_TOKENS];
-        t->row[i] = (uint64_t)place_address(a.base, ref.rows, pkv_geom_block_bytes(&g)) + pkv_geom_row_offset(&g, head, in);
-        t->signature[i] = (uint64_t)place_address(a.base, ref.signatures, pkv_geom_sig_block_bytes(&g)) +
-                          4ull * pkv_geom_sig_index(&g, head, in, 0);
+        uint32_t n = begin + i, token = n < span.first ? n : span.last + (n - span.first);
+        uint64_t place = blocks[token / PKV_BLOCK_TOKENS].signatures;
+        t->row[i] = (uint64_t)row_address(a, blocks, head, token);
+        t->signature[i] = (uint64_t)place_address(a.base, place, pkv_geom_sig_block_bytes(&g)) +
+                          4ull * pkv_geom_sig_index(&g, head, token % PKV_BLOCK_TOKENS, 0);
     }
 }
 
@@ -338,15 +330,13 @@ template <typename T> __global__ void __launch_bounds__(THREADS) query_kernel(co
     struct span span = span_of(a, query);
     if (span.dense)
         return;
-    bool softmax = a.policy.rule == PKV_RULE_SOFTMAX;
     uint32_t rows = min(TILE, span.first + span.visible - span.last), busy = min(group, WARPS / 2);
     const T *q = (const T *)a.q + q_head * g.head_dim;
     for (uint32_t i = threadIdx.x; i < group * g.head_dim; i += THREADS)
         m->q[i / g.head_dim][i % g.head_dim] = to_float(q[i]);
     for (uint32_t i = threadIdx.x; i < WARPS * PKV_GROUP_MAX; i += THREADS)
         m->max[0][i] = NOTHING, m->sum[0][i] = 0, m->shift[0][i] = 0;
-    if (softmax)
-        tile_addresses(a, t, head, span, blocks_of(a, query), 0, rows);
+    tile_addresses(a, t, head, span, blocks_of(a, query), 0, rows);
     __syncthreads();
     /* Some warps weigh while the others look at the rows. */
     for (uint32_t h = warp; h < group && warp < busy; h += busy) {
@@ -357,8 +347,6 @@ template <typename T> __global__ void __launch_bounds__(THREADS) query_kernel(co
         __syncwarp();
         quantize(a, m, q_head, h, lane);
     }
-    if (!softmax)
-        return;
     if (rows)
         tile_scores<T>(a, m, t, rows, busy);
     write_biases<T>(a, m, t, head, q_head, span);
@@ -387,7 +375,7 @@ extern "C" int cuda_query_preload(void)
 
 extern "C" int cuda_query_launch(const struct cuda_attend *a, void *stream)
 {
-    if (a->scheme.kind == PKV_SCHEME_HASH)
+    if (a->scheme.kind == PKV_SCHEME_HASH || a->policy.rule != PKV_RULE_SOFTMAX)
         return -(int)PKV_ERR_UNSUPPORTED;
     return a->geom.dtype == PKV_F32   ? start<float>(a, stream)
            : a->geom.dtype == PKV_F16 ? start<__half>(a, stream)

@@ -10,8 +10,8 @@
 
 #define THREADS    512u
 #define WARPS      (THREADS / WARP)
-#define CODE_LEAST __uint_as_float((CODE_BASE + 1u) << 18)
-#define CODE_MOST  __uint_as_float((CODE_BASE + CODE_MAX) << 18)
+#define CODE_LEAST __uint_as_float((GPU_CODE_BASE + 1u) << 18)
+#define CODE_MOST  __uint_as_float((GPU_CODE_BASE + GPU_CODE_SOFTMAX_MAX + 0u) << 18)
 #define UNIT_INV   0x1p49f /* score() returns integers times its inverse */
 
 struct scan_shared {
@@ -58,7 +58,7 @@ static __device__ __forceinline__ void load_planes(const struct cuda_attend &a, 
             }
         bool there = mine < group;
         p.scale[set] = there ? a.work.scales[q_head + mine] * UNIT_INV : 0.0f;
-        p.bias[set] = there && a.policy.rule == PKV_RULE_SOFTMAX ? a.work.biases[q_head + mine] : NOTHING;
+        p.bias[set] = there ? a.work.biases[q_head + mine] : NOTHING;
     }
 }
 
@@ -116,9 +116,9 @@ static __device__ __forceinline__ uint32_t code_of(const uint4 (&s)[K], const st
             total[j] = set ? total[j] + power : power;
         }
     }
-    /* Clamped as floats, where the code is 1 and CODE_MAX: one shift and one addition remain. */
+    /* Clamped as floats, where the code is 1 and the largest: one shift and one addition remain. */
     float sum = fminf(fmaxf(quad_sum(total, lane), CODE_LEAST), CODE_MOST);
-    return (__float_as_uint(sum) >> 18) - CODE_BASE;
+    return (__float_as_uint(sum) >> 18) - GPU_CODE_BASE;
 }
 
 /* One block of 64 tokens is two halves of 32: a lane's loads, all steps. */
@@ -183,7 +183,7 @@ static __device__ void write_counts(struct scan_shared *m, uint32_t *to)
     c.x += above, c.y += above, c.z += above, c.w += above;
     ((uint4 *)to)[t] = c;
     if (t % 8 == 0)
-        to[2056 + t / 8] = c.x;
+        to[CUDA_COARSE + t / 8] = c.x;
     if (t == 0)
         to[2048] = 0;
 }

@@ -70,4 +70,19 @@ static __device__ __forceinline__ float dot16(const float *weight, const float *
     return sum;
 }
 
+/* values [out] of map `map` of weight [maps][out][dim] and bias [maps][out] or NULL; a warp calls it. */
+static __device__ __forceinline__ void apply_map(const float *weight, const float *bias, uint64_t map, uint32_t out,
+                                                 const float *x, uint32_t dim, float *values, uint32_t lane)
+{
+    for (uint32_t o = lane / 16; o < PKV_ALIGN_UP(out, 2u); o += 2) {
+        uint64_t row = map * out + min(o, out - 1);
+        float v = dot16(weight + row * dim, x, dim, lane % 16);
+        if (bias)
+            v = __fadd_rn(v, bias[row]);
+        if (lane % 16 == 0 && o < out)
+            values[o] = v;
+    }
+    __syncwarp();
+}
+
 #endif

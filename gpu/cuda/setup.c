@@ -3,19 +3,17 @@
 
 #include <cuda_runtime_api.h>
 
-#define PARTS_MAX   64u
-#define SPLITS_MAX  64u
 #define PART_TOKENS 2048u /* a part of fewer tokens costs more to start than to scan */
 
 uint32_t cuda_parts(uint32_t lists, uint32_t tokens_max, uint32_t processors)
 {
     uint32_t parts = PKV_MAX(2 * processors / PKV_MAX(lists, 1u), 1u), most = PKV_DIV_UP(tokens_max, PART_TOKENS);
-    return PKV_MIN(PKV_MIN(parts, PKV_MAX(most, 1u)), PARTS_MAX);
+    return PKV_MIN(PKV_MIN(parts, PKV_MAX(most, 1u)), CUDA_PARTS_MAX);
 }
 
 uint32_t cuda_splits(uint32_t items, uint32_t processors)
 {
-    return PKV_MIN(PKV_MAX(2 * processors / PKV_MAX(items, 1u), 1u), SPLITS_MAX);
+    return PKV_MIN(PKV_MAX(2 * processors / PKV_MAX(items, 1u), 1u), CUDA_SPLITS_MAX);
 }
 
 /* Pieces one after the other; `base` 0 only counts. */
@@ -40,7 +38,7 @@ static uint64_t bind(const struct cuda_attend *a, uint64_t base, struct cuda_wor
     w->index = piece(&at, rows * 4);
     w->chosen = piece(&at, lists * 4);
     w->scores = piece(&at, rows * 2);
-    w->partial = piece(&at, items * a->splits * (4ull * g->head_dim + 8) * 4);
+    w->partial = piece(&at, items * a->splits * CUDA_PARTIAL(g->head_dim) * 4);
     w->arrived = piece(&at, items * 4);
     return at - base;
 }

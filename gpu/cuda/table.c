@@ -1,4 +1,4 @@
-/* The module's one symbol. */
+/* The launchers as one table, and a whole call. */
 #include "gpu/cuda/launch.h"
 
 static int preload(void)
