@@ -58,7 +58,9 @@ static enum pkv_err region_make(struct worker *w, uint64_t data_bytes)
     if (w->daemon->io->watch(w->daemon->loop, w->event, w->token + 2))
         return PKV_ERR_SYSTEM;
     w->region->magic = PKV_MAGIC, w->region->worker = w->id, w->region->bytes = w->region_bytes;
-    w->region->data_off = w->data_off, w->region->data_bytes = data_bytes, w->region->epoch = PKV_EPOCH_IDLE;
+    w->region->data_off = w->data_off, w->region->data_bytes = data_bytes;
+    for (uint32_t i = 0; i < PKV_EPOCH_SLOTS; i++)
+        w->region->epoch[i] = PKV_EPOCH_IDLE;
     return PKV_ERR_OK;
 }
 

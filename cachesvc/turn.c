@@ -99,8 +99,8 @@ static uint64_t readers_epoch(struct daemon *d, uint64_t epoch)
         const struct worker *w = d->workers[i];
         if (w && w->served)
             epoch = PKV_MIN(epoch, w->served->epoch);
-        if (w && w->state == WORKER_JOINED)
-            epoch = PKV_MIN(epoch, pkv_load64(&w->region->epoch)); /* idle is the greatest number */
+        uint64_t oldest = w && w->state == WORKER_JOINED ? pkv_epoch_oldest(w->region) : PKV_EPOCH_IDLE;
+        epoch = PKV_MIN(epoch, oldest);
     }
     return epoch;
 }

@@ -33,6 +33,7 @@
 #define PKV_CHUNK_BYTES_MIN (1ull << 20)
 #define PKV_CHUNK_BYTES_MAX (1ull << 30)
 
+#define PKV_EPOCH_SLOTS    8u   /* reads that one worker has in flight: its thread's own, and steps on a GPU */
 #define PKV_RING_ENTRIES   256u /* submissions and completions of one worker; a power of two */
 #define PKV_DATA_BYTES_MIN (1ull << 20)
 #define PKV_DATA_BYTES_MAX (1ull << 32)

@@ -28,10 +28,10 @@ struct pkv_region {
     struct pkv_index sq_head; /* daemon writes */
     struct pkv_index cq_tail; /* daemon writes; `waiting` is set by a worker that sleeps on `value` (futex) */
     struct pkv_index cq_head; /* worker writes */
-    /* The control page's epoch as it was when the oldest read in flight began, or PKV_EPOCH_IDLE. Written by whoever
-     * reads: the calling thread on the host backend, the stream on a GPU. */
-    uint64_t epoch;
-    uint64_t epoch_pad[7];
+    /* Per slot, the control page's epoch as it was when the reads that hold the slot began, or PKV_EPOCH_IDLE. Slot 0 is the
+     * calling thread's; the others are for steps in flight on a GPU: the thread writes the epoch before it reads the tables,
+     * the stream writes IDLE behind its last read. The oldest counts. */
+    uint64_t epoch[PKV_EPOCH_SLOTS];
     struct pkv_submission sq[PKV_RING_ENTRIES];
     struct pkv_completion cq[PKV_RING_ENTRIES];
     /* Claims: the length of each open sequence as its worker counts it, by handle index modulo the array's length. The

@@ -71,17 +71,34 @@ static inline bool pkv_cq_pop(struct pkv_region *r, uint32_t *head, struct pkv_c
     return true;
 }
 
-/* A reader of tables and places: after this returns, whatever it finds in a table stays in its place until
- * pkv_epoch_leave. The fence pairs with the daemon's between changing a table and reading the workers' epochs. */
+/* A reader of tables and places: after this returns, whatever it finds in a table stays in its place until the slot is
+ * idle again. The fence pairs with the daemon's between changing a table and reading the workers' epochs. */
+static inline void pkv_epoch_enter_slot(struct pkv_region *r, const struct pkv_control *c, uint32_t slot)
+{
+    pkv_store64(&r->epoch[slot], pkv_load64(&c->epoch));
+    pkv_fence();
+}
+
+/* The oldest read in flight; idle is the greatest number. */
+static inline uint64_t pkv_epoch_oldest(const struct pkv_region *r)
+{
+    uint64_t oldest = PKV_EPOCH_IDLE;
+    for (uint32_t i = 0; i < PKV_EPOCH_SLOTS; i++) {
+        uint64_t epoch = pkv_load64(&r->epoch[i]); /* once: the worker may write anything at any moment */
+        oldest = PKV_MIN(oldest, epoch);
+    }
+    return oldest;
+}
+
+/* The calling thread's own slot. */
 static inline void pkv_epoch_enter(struct pkv_region *r, const struct pkv_control *c)
 {
-    pkv_store64(&r->epoch, pkv_load64(&c->epoch));
-    pkv_fence();
+    pkv_epoch_enter_slot(r, c, 0);
 }
 
 static inline void pkv_epoch_leave(struct pkv_region *r)
 {
-    pkv_store64(&r->epoch, PKV_EPOCH_IDLE);
+    pkv_store64(&r->epoch[0], PKV_EPOCH_IDLE);
 }
 
 #endif

@@ -45,10 +45,13 @@ struct pkv_table {
     uint32_t blocks_max; /* per layer */
     uint32_t layers;
     uint32_t model;
-    uint32_t reserved0;   /* zero */
-    uint64_t reserved[4]; /* zero */
+    uint32_t reserved0; /* zero */
+    /* Grows after an entry that named a place names another or none. A reader that keeps copies of entries looks at it inside
+     * its epoch: unchanged, the copies hold. Entries behind the ones it has copied may appear without it. */
+    uint64_t changes;
+    uint64_t reserved[3]; /* zero */
 };
-PKV_WIRE_ASSERT(struct pkv_table, 64, 8, 2 * 8 + 4 * 4 + 4 * 8, reserved, 32);
+PKV_WIRE_ASSERT(struct pkv_table, 64, 8, 2 * 8 + 4 * 4 + 4 * 8, reserved, 40);
 
 static inline PKV_HD uint64_t pkv_table_bytes(uint32_t layers, uint32_t blocks_max)
 {

@@ -103,6 +103,7 @@ void block_leave(struct core *core, uint32_t seq, uint32_t layer, uint32_t index
     *seq_block(s, layer, index) = NONE;
     publish(&seq_entry(s, layer, index)->rows, 0);
     publish(&seq_entry(s, layer, index)->signatures, 0);
+    publish_change(s);
     if (--b->holders == 0)
         block_retire(core, id);
     else if (b->seq == seq)

@@ -169,4 +169,10 @@ static inline void publish(uint64_t *entry, uint64_t place)
     __atomic_store_n(entry, place, __ATOMIC_RELEASE);
 }
 
+/* After an entry that named a place names another or none. */
+static inline void publish_change(struct seq *s)
+{
+    publish(&s->table->changes, s->table->changes + 1);
+}
+
 #endif

@@ -53,14 +53,20 @@ static uint32_t choose_chunk(const struct core *core)
     return best;
 }
 
+static void show_home(struct seq *s, const struct block *b)
+{
+    publish(&seq_entry(s, b->layer, b->index)->rows, b->home);
+    publish_change(s);
+}
+
 static void block_drop(struct core *core, uint32_t id)
 {
     struct block *b = &core->blocks[id];
     assert(b->state == BLOCK_HOME && b->rows && b->home);
-    publish(&seq_entry(&core->seqs[b->seq], b->layer, b->index)->rows, b->home);
+    show_home(&core->seqs[b->seq], b);
     for (uint32_t i = 0; b->holders > 1 && i < core->seq_end; i++)
         if (holds(core, i, b, id))
-            publish(&seq_entry(&core->seqs[i], b->layer, b->index)->rows, b->home);
+            show_home(&core->seqs[i], b);
     place_retire(core, b->rows);
     b->rows = 0;
     core->totals.blocks_dropped++;

@@ -232,7 +232,7 @@ static struct pkv_submission random_submission(const struct raw *r, const uint64
     return s;
 }
 
-/* Well-formed operations in senseless order over a data area that changes all the time, and an epoch that never ends. */
+/* Well-formed operations in senseless order over a data area and epochs that change all the time, or never end. */
 static void test_random_operations(void **state)
 {
     (void)state;
@@ -245,11 +245,12 @@ static void test_random_operations(void **state)
         struct pkv_select_args args = {
             .tokens = 64, .queries = 1, .k = 8, .scale = 0.1f, .sinks = 4, .recent = 4, .rule = PKV_RULE_SOFTMAX};
         if (worker % 2)
-            r.region->epoch = 0;
+            r.region->epoch[(uint32_t)worker % PKV_EPOCH_SLOTS] = 0;
         for (int i = 0; i < 3000; i++) {
             char *data = (char *)r.region + pkv_region_data_off();
             args.tokens = 1 + any() % 300, args.k = 1 + any() % 20;
             memcpy(data, &args, sizeof(args));
+            r.region->epoch[worker % 2 ? 0 : any() % PKV_EPOCH_SLOTS] = any();
             for (int n = 0; n < 20; n++)
                 data[64 + any() % 100000] = (char)any();
             struct pkv_submission s = random_submission(&r, handles);

@@ -1,7 +1,7 @@
 /* The core under random events: workers come, go and die, tenants share a pool that is far too small, copies end late, out of
  * order or not at all, readers hold epochs. Memory is simulated: each slot holds the number of the block that was written
  * there. After each event every invariant of the core is walked, every block table names a place that still holds its
- * block, and what a reader saw when it entered its epoch is still there.
+ * block, what a reader saw when it entered its epoch is still there, and copies of entries hold while `changes` stands.
  * usage: sim_core [SEEDS [EVENTS [FIRST_SEED]]] */
 #include "cachesvc/core/core.h"
 
@@ -39,6 +39,8 @@ struct sequence {
     uint64_t handle;
     struct pkv_table *table;
     uint64_t content[LAYERS][BLOCKS];
+    uint64_t changes; /* of the table when the entries were copied */
+    struct pkv_block_ref copied[LAYERS][BLOCKS];
 };
 struct fork { /* under way; what the child must show */
     bool live;
@@ -52,7 +54,7 @@ static struct sequence seqs[SEQS];
 static struct core_action copies[COPIES];
 static uint32_t copy_count, model[2];
 static uint64_t waiting, answered, seen_home, seen_full, seen_arena_full, seen_dropped;
-static uint64_t seen_forks, seen_cuts, seen_cow, seen_cow_failed;
+static uint64_t seen_held, seen_moved, seen_forks, seen_cuts, seen_cow, seen_cow_failed;
 static struct core *core;
 
 static uint32_t below(uint32_t n)
@@ -166,6 +168,30 @@ static void walk_tables(void)
         for (uint32_t h = 0; workers[w].reads && h < workers[w].held; h++)
             if (*cell(workers[w].place[h]) != workers[w].content[h])
                 fail("a place was reused under a reader");
+}
+
+/* What a reader copied of the tables before is what they say, unless they say that they changed. */
+static void walk_copies(void)
+{
+    for (int i = 0; i < SEQS; i++) {
+        struct sequence *s = &seqs[i];
+        bool same = s->live && s->changes == s->table->changes;
+        for (uint32_t l = 0; s->live && l < LAYERS; l++) {
+            const struct pkv_block_ref *refs = pkv_table_layer(s->table, l, s->table->blocks_max);
+            for (uint32_t b = 0; b < s->table->blocks_max; b++) {
+                struct pkv_block_ref *copy = &s->copied[l][b];
+                bool equal = copy->rows == refs[b].rows && copy->signatures == refs[b].signatures;
+                if (copy->rows && same && !equal)
+                    fail("an entry changed and its table did not say so");
+                seen_held += copy->rows && same;
+                seen_moved += copy->rows && !equal;
+                if (!same || !copy->rows)
+                    *copy = refs[b];
+            }
+        }
+        if (s->live)
+            s->changes = s->table->changes;
+    }
 }
 
 static struct sequence *any_seq(void)
@@ -355,6 +381,7 @@ int main(int argc, char **argv)
             event();
             take_actions();
             walk_tables();
+            walk_copies();
             const char *wrong = core_check(core);
             if (wrong) {
                 printf("event %" PRIu64 ": ", i);
@@ -372,8 +399,8 @@ int main(int argc, char **argv)
     printf("%" PRIu64 " events, %" PRIu64 " grants waited, %" PRIu64 " answered late, %" PRIu64 " of them refused, %" PRIu64
            " met a full arena, %" PRIu64 " blocks dropped\n",
            seeds * events, waiting, answered, seen_full, seen_arena_full, seen_dropped);
-    if (!waiting || !seen_full || !seen_arena_full || !seen_dropped || !seen_home || !seen_forks || !seen_cuts || !seen_cow ||
-        !seen_cow_failed)
+    if (!seen_held || !seen_moved || !waiting || !seen_full || !seen_arena_full || !seen_dropped || !seen_home || !seen_forks ||
+        !seen_cuts || !seen_cow || !seen_cow_failed)
         fail("the events reached too little: this run proves nothing");
     return 0;
 }

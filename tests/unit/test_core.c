@@ -92,6 +92,7 @@ static void test_life_of_a_block(void **state)
     for (uint32_t b = 0; b < 10; b++)
         assert_int_equal(pkv_place_tier(refs[b].rows), PKV_TIER_POOL);
     assert_int_equal(refs[10].rows, 0);
+    assert_int_equal(t->changes, 0); /* nothing that was there before */
     assert_int_equal(core_seal(core, alice, h, 0, 0, 9), PKV_ERR_OK);
     assert_int_equal(copy_all(true), 9);
     /* 16 row slots beside the signatures: six more fit, the seventh waits for dropped copies. */
@@ -101,6 +102,7 @@ static void test_life_of_a_block(void **state)
     assert_int_equal(pkv_place_tier(refs[0].rows), PKV_TIER_POOL);  /* sinks stay */
     assert_int_equal(pkv_place_tier(refs[2].rows), PKV_TIER_ARENA); /* this one went */
     assert_int_equal(pkv_place_tier(refs[2].signatures), PKV_TIER_POOL);
+    assert_true(t->changes > 0);
     core_quiesce(core, 1, 0); /* a reader still looks */
     struct core_action a;
     assert_false(core_next_action(core, &a));
