@@ -100,11 +100,17 @@ template <typename T, uint32_t PER> struct row {
 };
 
 template <typename T, uint32_t PER>
-static __device__ __forceinline__ void load_row(const struct cuda_append &a, uint32_t seq, uint32_t i, uint32_t head,
-                                                uint32_t lane, struct row<T, PER> &r)
+static __device__ __forceinline__ void load_row(const struct cuda_append &a, const struct cuda_seq &seq, uint32_t i,
+                                                uint32_t head, uint32_t lane, struct row<T, PER> &r)
 {
-    uint64_t from = (((uint64_t)seq * a.tokens + i) * a.geom.kv_heads + head) * PER * WARP;
+    uint64_t from = (((uint64_t)blockIdx.y * a.tokens + i) * a.geom.kv_heads + head) * PER * WARP;
     const uint4 *k = (const uint4 *)((const T *)a.k + from), *v = (const uint4 *)((const T *)a.v + from);
+    if (!a.k) {
+        uint64_t token = seq.tokens - a.tokens + i;
+        k = (const uint4 *)(place_address(a.base, seq.blocks[token / PKV_BLOCK_TOKENS].rows, pkv_geom_block_bytes(&a.geom)) +
+                            pkv_geom_row_offset(&a.geom, head, token % PKV_BLOCK_TOKENS));
+        v = k + r.HALF;
+    }
 #pragma unroll
     for (uint32_t n = 0; n < r.PIECES; n++) {
         uint32_t p = n * WARP + lane;
@@ -134,12 +140,15 @@ static __device__ __forceinline__ void append_row(const struct cuda_append &a, s
         if (p >= 2 * r.HALF)
             continue;
         bad = bad || not_finite<T>(r.piece[n]);
-        row[p] = r.piece[n];
+        if (a.k)
+            row[p] = r.piece[n];
         if (p < r.HALF)
             ((uint4 *)m->raw[warp])[p] = r.piece[n];
     }
     if (bad && a.bad)
         atomicOr(a.bad, 1u);
+    if (a.scheme.kind == CUDA_SCHEME_NONE)
+        return;
     __syncwarp();
     float key[PER];
 #pragma unroll
@@ -177,7 +186,7 @@ __global__ void __launch_bounds__(THREADS) append_kernel(const __grid_constant__
         };
         char *rows = NULL;
         uint32_t *signatures = NULL;
-        load_row<T, PER>(a, blockIdx.y, first, head, lane, now);
+        load_row<T, PER>(a, seq, first, head, lane, now);
         if (a.scheme.kind == PKV_SCHEME_SIGN)
             rotation_load(c.rotation, a.scheme.signs, lane);
 #pragma unroll
@@ -187,12 +196,13 @@ __global__ void __launch_bounds__(THREADS) append_kernel(const __grid_constant__
         for (uint32_t i = first; i < last; i++) {
             uint64_t token = begin + i;
             if (i + 1 < last)
-                load_row<T, PER>(a, blockIdx.y, i + 1, head, lane, next);
+                load_row<T, PER>(a, seq, i + 1, head, lane, next);
             if (token / PKV_BLOCK_TOKENS != block || i == first) {
                 block = token / PKV_BLOCK_TOKENS;
                 struct pkv_block_ref ref = seq.blocks[block];
                 rows = place_address(a.base, ref.rows, pkv_geom_block_bytes(&g));
-                signatures = (uint32_t *)place_address(a.base, ref.signatures, pkv_geom_sig_block_bytes(&g));
+                if (a.scheme.kind != CUDA_SCHEME_NONE)
+                    signatures = (uint32_t *)place_address(a.base, ref.signatures, pkv_geom_sig_block_bytes(&g));
             }
             append_row<T, PER>(a, &m, now, c, rows, signatures, (uint32_t)(token % PKV_BLOCK_TOKENS), head);
             now = next;
@@ -231,7 +241,7 @@ extern "C" int cuda_append_launch(const struct cuda_append *a, void *stream)
 {
     if (a->scheme.kind == PKV_SCHEME_HASH)
         return -(int)PKV_ERR_UNSUPPORTED;
-    if (!a->tokens || !a->count)
+    if (!a->tokens || !a->count || (a->scheme.kind == CUDA_SCHEME_NONE && !a->k))
         return -(int)PKV_ERR_SHAPE;
     return a->geom.dtype == PKV_F32   ? start<float>(a, stream)
            : a->geom.dtype == PKV_F16 ? start<__half>(a, stream)

@@ -24,8 +24,9 @@ struct cuda_query {
 };
 
 /* A signature scheme in device memory; arrays as in gpu/scheme.h. Unused ones are NULL. */
+#define CUDA_SCHEME_NONE PKV_SCHEMES /* append writes rows alone */
 struct cuda_scheme {
-    uint32_t kind; /* enum pkv_scheme; `hash` is not there yet */
+    uint32_t kind; /* enum pkv_scheme or CUDA_SCHEME_NONE; `hash` is not there yet */
     uint32_t bases, dims;
     uint32_t q_signs, q_own; /* q_own: the queries' map is per q head and its own, else the keys' map (linear) */
     float unit;
@@ -77,15 +78,17 @@ struct cuda_attend {
     uint32_t tokens_max; /* no length exceeds it while this launch, or a graph that captured it, is used */
     uint32_t parts;      /* thread blocks that share a list's scan; cuda_parts() */
     uint32_t splits;     /* thread blocks that share a list's attention; cuda_splits() */
+    uint32_t weighed;    /* work.weights and work.scales are given: the scheme has no say */
 };
 
-/* New tokens of several sequences: token i of sequence s becomes number seqs[s].tokens - tokens + i. */
+/* New tokens of several sequences: token i of sequence s becomes number seqs[s].tokens - tokens + i. With k and v NULL the rows
+ * are there already and are signed where they lie, pool or arena. */
 struct cuda_append {
     struct pkv_geom geom;
     struct cuda_scheme scheme;
     const uint64_t *base[PKV_TIERS]; /* the pool's mappings are writable */
     const struct cuda_seq *seqs;
-    const void *k, *v; /* [seqs][tokens][kv_heads][head_dim] */
+    const void *k, *v; /* [seqs][tokens][kv_heads][head_dim]; both or neither */
     uint32_t *bad;     /* becomes 1 if a number is NaN or infinite; what was written then does not count */
     uint32_t layer, count, tokens;
 };

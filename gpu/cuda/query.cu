@@ -93,6 +93,30 @@ static __device__ void weigh_mapped(const struct cuda_attend &a, struct query_sh
                                  : __fmul_rn(s.unit, __fmul_rn(__fmul_rn(2.0f, a.policy.scale), LOG2E));
 }
 
+static __device__ __forceinline__ void write_planes(const struct cuda_attend &a, struct query_shared *m, uint64_t q_head,
+                                                    uint32_t h, uint32_t w, int weight, uint32_t lane)
+{
+#pragma unroll
+    for (uint32_t p = 0; p < 8; p++) {
+        uint32_t plane = __ballot_sync(ALL_LANES, weight >> p & 1);
+        if (lane == 0) {
+            m->planes[h][p][w] = plane;
+            a.work.planes[((q_head + h) * 8 + p) * pkv_geom_words(&a.geom) + w] = plane;
+        }
+    }
+}
+
+/* The caller has weighed. */
+static __device__ void take_weights(const struct cuda_attend &a, struct query_shared *m, uint64_t q_head, uint32_t h,
+                                    uint32_t lane)
+{
+    const int8_t *weights = a.work.weights + (q_head + h) * a.geom.sig_bits;
+    for (uint32_t w = 0; w < pkv_geom_words(&a.geom); w++)
+        write_planes(a, m, q_head, h, w, weights[w * 32 + lane], lane);
+    if (lane == 0)
+        m->scale[h] = a.work.scales[q_head + h];
+}
+
 static __device__ void quantize(const struct cuda_attend &a, struct query_shared *m, uint64_t q_head, uint32_t h, uint32_t lane)
 {
     uint32_t bits = a.geom.sig_bits, words = bits / 32;
@@ -107,14 +131,7 @@ static __device__ void quantize(const struct cuda_attend &a, struct query_shared
     for (uint32_t w = 0; w < words; w++) {
         int weight = step > 0 ? __float2int_rn(__fmul_rn(m->real[h][w * 32 + lane], step)) : 0;
         a.work.weights[(q_head + h) * bits + w * 32 + lane] = (int8_t)weight;
-#pragma unroll
-        for (uint32_t p = 0; p < 8; p++) {
-            uint32_t plane = __ballot_sync(ALL_LANES, weight >> p & 1);
-            if (lane == 0) {
-                m->planes[h][p][w] = plane;
-                a.work.planes[((q_head + h) * 8 + p) * words + w] = plane;
-            }
-        }
+        write_planes(a, m, q_head, h, w, weight, lane);
     }
     if (lane == 0) {
         m->scale[h] = scale;
@@ -340,6 +357,10 @@ template <typename T> __global__ void __launch_bounds__(THREADS) query_kernel(co
     __syncthreads();
     /* Some warps weigh while the others look at the rows. */
     for (uint32_t h = warp; h < group && warp < busy; h += busy) {
+        if (a.weighed) {
+            take_weights(a, m, q_head, h, lane);
+            continue;
+        }
         if (a.scheme.kind == PKV_SCHEME_SIGN)
             weigh_sign(a, m, head, h, lane);
         else
@@ -375,7 +396,7 @@ extern "C" int cuda_query_preload(void)
 
 extern "C" int cuda_query_launch(const struct cuda_attend *a, void *stream)
 {
-    if (a->scheme.kind == PKV_SCHEME_HASH || a->policy.rule != PKV_RULE_SOFTMAX)
+    if ((a->scheme.kind == PKV_SCHEME_HASH && !a->weighed) || a->policy.rule != PKV_RULE_SOFTMAX)
         return -(int)PKV_ERR_UNSUPPORTED;
     return a->geom.dtype == PKV_F32   ? start<float>(a, stream)
            : a->geom.dtype == PKV_F16 ? start<__half>(a, stream)

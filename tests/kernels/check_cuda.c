@@ -140,6 +140,41 @@ static void device_close(struct on_device *d)
 
 /* ---- the steps ---- */
 
+static void check_written(const struct world *w, const struct on_device *d)
+{
+    uint64_t rows = w->blocks * pkv_geom_block_bytes(&w->g), signatures = w->blocks * pkv_geom_sig_block_bytes(&w->g);
+    char *pool = host_copy(d->pool, rows), *sig = host_copy(d->signatures, signatures);
+    MUST(!memcmp(sig, (void *)(uintptr_t)w->pool[5], signatures));
+    for (uint32_t t = 0; t < w->tokens; t++)
+        for (uint32_t h = 0; h < w->g.kv_heads; h++) {
+            uint64_t place = w->refs[t / 64].rows, at = pkv_place_slot(place) * pkv_geom_block_bytes(&w->g);
+            bool hot = pkv_place_tier(place) == PKV_TIER_POOL;
+            at += pkv_geom_row_offset(&w->g, h, t % 64);
+            MUST(!memcmp((hot ? pool : d->arena) + at, (char *)(uintptr_t)(hot ? w->pool[3] : w->arena[7]) + at,
+                         pkv_geom_row_bytes(&w->g)));
+        }
+    free(pool), free(sig);
+}
+
+/* Rows alone, then their signatures where they lie. */
+static void check_apart(const struct world *w, const struct on_device *d, struct cuda_append append)
+{
+    uint64_t rows = w->blocks * pkv_geom_block_bytes(&w->g), signatures = w->blocks * pkv_geom_sig_block_bytes(&w->g);
+    struct cuda_seq seq = {d->refs, w->tokens};
+    CUDA(cudaMemset(d->pool, 0, rows));
+    CUDA(cudaMemset(d->signatures, 0, signatures));
+    memset(d->arena, 0, rows);
+    CUDA(cudaMemcpy(d->seqs, &seq, sizeof(seq), cudaMemcpyHostToDevice));
+    append.tokens = w->tokens, append.scheme.kind = CUDA_SCHEME_NONE;
+    MUST(table->append(&append, NULL) == 0);
+    append.k = append.v = NULL;
+    MUST(table->append(&append, NULL) == -PKV_ERR_SHAPE);
+    append.scheme = d->a.scheme;
+    MUST(table->append(&append, NULL) == 0);
+    CUDA(cudaDeviceSynchronize());
+    check_written(w, d);
+}
+
 static void check_append(const struct world *w, struct on_device *d)
 {
     uint64_t numbers = (uint64_t)w->tokens * w->g.kv_heads * w->g.head_dim, bytes = numbers * pkv_dtype_bytes(w->g.dtype);
@@ -161,23 +196,15 @@ static void check_append(const struct world *w, struct on_device *d)
         MUST(table->append(&append, NULL) == 0);
         CUDA(cudaDeviceSynchronize());
     }
-    uint64_t rows = w->blocks * pkv_geom_block_bytes(&w->g), signatures = w->blocks * pkv_geom_sig_block_bytes(&w->g);
-    char *pool = host_copy(d->pool, rows), *sig = host_copy(d->signatures, signatures);
+    check_written(w, d);
+    append.k = k, append.v = v;
+    check_apart(w, d, append);
     uint32_t *bad = host_copy(append.bad, 4);
     MUST(*bad == 0);
-    MUST(!memcmp(sig, (void *)(uintptr_t)w->pool[5], signatures));
-    for (uint32_t t = 0; t < w->tokens; t++)
-        for (uint32_t h = 0; h < w->g.kv_heads; h++) {
-            uint64_t place = w->refs[t / 64].rows, at = pkv_place_slot(place) * pkv_geom_block_bytes(&w->g);
-            bool hot = pkv_place_tier(place) == PKV_TIER_POOL;
-            at += pkv_geom_row_offset(&w->g, h, t % 64);
-            MUST(!memcmp((hot ? pool : d->arena) + at, (char *)(uintptr_t)(hot ? w->pool[3] : w->arena[7]) + at,
-                         pkv_geom_row_bytes(&w->g)));
-        }
     CUDA(cudaFree(k));
     CUDA(cudaFree(v));
     CUDA(cudaFree(append.bad));
-    free(pool), free(sig), free(bad);
+    free(bad);
 }
 
 static uint32_t seen_by(const struct world *w, const struct cuda_seq *seqs, uint32_t query)
@@ -329,6 +356,31 @@ static void check_attend(const struct world *w, struct on_device *d, bool dense)
     free(out), free(lse);
 }
 
+/* Weights that the caller gives: the same planes and biases as those of the scheme. */
+static void check_weighed(const struct world *w, const struct on_device *d)
+{
+    uint64_t heads = (uint64_t)d->a.queries * w->g.q_heads, planes = heads * w->g.sig_bits;
+    struct cuda_attend a = d->a;
+    char *before = host_copy(a.work.planes, planes);
+    float *biases = host_copy(a.work.biases, heads * 4);
+    CUDA(cudaMemset(a.work.planes, 0x55, planes));
+    a.weighed = 1, a.policy.dense_below = 0, a.scheme = (struct cuda_scheme){.kind = PKV_SCHEME_HASH};
+    MUST(table->query(&a, NULL) == 0);
+    CUDA(cudaDeviceSynchronize());
+    char *after = host_copy(a.work.planes, planes);
+    float *again = host_copy(a.work.biases, heads * 4);
+    struct cuda_seq *seqs = host_copy(d->seqs, 2 * sizeof(*seqs));
+    for (uint32_t query = 0; query < a.queries; query++) {
+        uint32_t visible = seen_by(w, seqs, query), first = PKV_MIN(w->policy.sinks, visible);
+        uint64_t at = (uint64_t)query * w->g.q_heads;
+        if (visible - first - PKV_MIN(w->policy.recent, visible - first) <= w->policy.k)
+            continue; /* dense: nobody needs them */
+        MUST(!memcmp(before + at * w->g.sig_bits, after + at * w->g.sig_bits, (uint64_t)w->g.q_heads * w->g.sig_bits));
+        MUST(!memcmp(biases + at, again + at, w->g.q_heads * 4ull));
+    }
+    free(before), free(biases), free(after), free(again), free(seqs);
+}
+
 static void check_gather(const struct world *w, const struct on_device *d)
 {
     uint64_t lists = (uint64_t)d->a.queries * w->g.kv_heads, rows = cuda_rows_max(&d->a.policy),
@@ -411,6 +463,7 @@ static void check_case(struct gpu *gpu)
     CUDA(cudaMemcpy(d.seqs, seqs, sizeof(seqs), cudaMemcpyHostToDevice));
     check_attend(&w, &d, false);
     check_query(gpu, scheme, &w, &d);
+    check_weighed(&w, &d);
     check_gather(&w, &d);
     check_attend(&w, &d, true);
     check_graph(&w, &d);
