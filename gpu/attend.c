@@ -174,15 +174,20 @@ static uint64_t tile_block(const struct dense *p, const struct tile *t, uint32_t
     return total;
 }
 
+static uint32_t dense_heads(const struct gpu_dense_args *a)
+{
+    return a->heads ? a->heads : a->geom->kv_heads;
+}
+
 static void dense_one(void *context, uint64_t item, uint32_t thread)
 {
     (void)thread;
     struct dense *p = context;
     const struct gpu_dense_args *a = p->a;
     const struct pkv_geom *g = a->geom;
-    uint32_t head = (uint32_t)(item % g->kv_heads), group = pkv_geom_group(g);
+    uint32_t heads = dense_heads(a), head = a->first_head + (uint32_t)(item % heads), group = pkv_geom_group(g);
     struct tile t = {0};
-    tiles_of(a, (uint32_t)(item / g->kv_heads), &t);
+    tiles_of(a, (uint32_t)(item / heads), &t);
     float q[GPU_TILE_HEADS * PKV_HEAD_DIM_MAX];
     struct gpu_softmax states[GPU_TILE_HEADS];
     for (uint32_t i = 0; i < t.count; i++) {
@@ -205,13 +210,15 @@ static void dense_one(void *context, uint64_t item, uint32_t thread)
 int gpu_dense(struct gpu *gpu, const struct gpu_dense_args *a)
 {
     int r = gpu_check_views(gpu, a->geom, &a->space, a->seqs, a->views, a->q, false);
+    if (!r && (uint64_t)a->first_head + dense_heads(a) > a->geom->kv_heads)
+        r = -PKV_ERR_SHAPE;
     if (r)
         return r;
     uint64_t begin = gpu_now_ns();
     struct dense p = {.gpu = gpu, .a = a, .scale = gpu_scale(a->scale, a->geom)};
     uint32_t queries = gpu_queries(a->views, a->seqs);
     struct tile ignored;
-    gpu_team_run(&gpu->team, dense_one, &p, (uint64_t)tiles_of(a, UINT32_MAX, &ignored) * a->geom->kv_heads);
+    gpu_team_run(&gpu->team, dense_one, &p, (uint64_t)tiles_of(a, UINT32_MAX, &ignored) * dense_heads(a));
     if (a->explain) {
         a->explain->dense += a->finish ? queries : 0;
         a->explain->attended += p.pool + p.arena;

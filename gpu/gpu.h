@@ -141,6 +141,7 @@ struct gpu_dense_args {
     const struct gpu_view *views;
     const void *q;
     uint32_t first_block, blocks; /* UINT32_MAX blocks: to the end */
+    uint32_t first_head, heads;   /* kv heads; 0 heads: all. State and out of the others are not touched */
     bool start, finish;
     float *out; /* [queries][q_heads][head_dim] */
     float *max; /* [queries][q_heads] */
