@@ -42,7 +42,8 @@ static int control_make(struct daemon *d)
                                        .version_major = PKV_VERSION_MAJOR,
                                        .version_minor = PKV_VERSION_MINOR,
                                        .pool_bytes = d->config.pool_bytes,
-                                       .arena_bytes = d->config.arena_bytes};
+                                       .arena_bytes = d->config.arena_bytes,
+                                       .audit_ppm = (uint32_t)d->config.audit_ppm};
     return getrandom(&d->control->instance, sizeof(d->control->instance), 0) < 0 ? -errno : 0;
 }
 

@@ -9,6 +9,7 @@
 #include "cachesvc/loop.h"
 #include "cachesvc/memory.h"
 #include "cachesvc/mover.h"
+#include "cachesvc/quality.h"
 #include "cachesvc/tables.h"
 #include "proto/region.h"
 
@@ -49,6 +50,8 @@ struct daemon {
     uint64_t next_token;
     uint32_t serving; /* served jobs under way */
     struct daemon_state states[PKV_MODELS_MAX];
+    struct quality quality[PKV_MODELS_MAX];
+    uint64_t audited_ns; /* when workers' samples were last looked at */
     struct daemon_counters counters;
     struct pkv_worker_counters departed; /* of workers that are gone */
     uint64_t started_ns, epoch_published;

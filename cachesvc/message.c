@@ -113,6 +113,8 @@ static void on_model(struct worker *w, struct pkv_model_request *m)
     struct pkv_reply r = {.err = pkv_check_model(m)};
     if (r.err == PKV_ERR_OK)
         r.err = core_model_add(w->daemon->core, m, &r.id);
+    if (r.err == PKV_ERR_OK)
+        w->models |= 1ull << r.id;
     reply(w, PKV_MSG_MODEL, &r, NULL, 0);
 }
 

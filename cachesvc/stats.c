@@ -87,6 +87,24 @@ static json_t *model_json(const struct pkv_model_request *m)
                      "scheme", schemes[m->scheme]);
 }
 
+/* Means of the samples of a model's selections. */
+static json_t *quality_json(const struct quality *q)
+{
+    if (!q->samples)
+        return json_pack("{s:i, s:n, s:n, s:b}", "samples", 0, "mass", "error", "alarm", (int)q->alarm);
+    return json_pack("{s:o, s:f, s:f, s:b}", "samples", number(q->samples), "mass", q->mass, "error", q->error, "alarm",
+                     (int)q->alarm);
+}
+
+static json_t *audit_json(const struct daemon *d)
+{
+    uint32_t alarms = 0;
+    for (uint32_t m = 0; m < PKV_MODELS_MAX; m++)
+        alarms += d->quality[m].alarm;
+    return json_pack("{s:o, s:o, s:i}", "share_ppm", number(d->config.audit_ppm), "alarm_ppm",
+                     number(d->config.audit_alarm_ppm), "alarms", (int)alarms);
+}
+
 static uint32_t sequences_open(struct daemon *d, uint32_t worker)
 {
     struct core_seq_info info;
@@ -141,8 +159,11 @@ json_t *stats_stat(struct daemon *d)
     counters_refresh(d, &s);
     struct pkv_worker_counters total = d->departed;
     json_t *workers = workers_json(d, &total), *models = json_array();
-    for (uint32_t m = 0; core_model(d->core, m); m++)
-        json_array_append_new(models, model_json(core_model(d->core, m)));
+    for (uint32_t m = 0; core_model(d->core, m); m++) {
+        json_t *model = model_json(core_model(d->core, m));
+        json_object_set_new(model, "quality", quality_json(&d->quality[m]));
+        json_array_append_new(models, model);
+    }
     json_t *o = json_pack("{s:s, s:i, s:o, s:s, s:s, s:s, s:s}", "version", PKV_VERSION, "pid", (int)getpid(), "uptime_s",
                           number((daemon_now_ns() - d->started_ns) / 1000000000u), "socket", d->listener.path, "backend",
                           gpu_describe(d->gpu), "io", d->io->name, "heap", heap_name());
@@ -154,6 +175,7 @@ json_t *stats_stat(struct daemon *d)
     json_object_set_new(o, "sequences", number(s.seqs));
     json_object_set_new(o, "models", models);
     json_object_set_new(o, "workers", workers);
+    json_object_set_new(o, "audit", audit_json(d));
     json_object_set_new(o, "counters", daemon_counters_json(&d->counters));
     json_object_set_new(o, "totals", worker_counters_json(&total));
     json_object_set_new(o, "memory", json_pack("{s:o, s:o}", "rss", number(rss_bytes()), "heap", number(heap_bytes())));

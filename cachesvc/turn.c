@@ -6,6 +6,7 @@
  * sees the flag and writes its eventfd. */
 #include "cachesvc/daemon.h"
 
+#include "cachesvc/audit.h"
 #include "cachesvc/served.h"
 
 #include <errno.h>
@@ -239,6 +240,7 @@ int daemon_run(struct daemon *d)
     int n = 0;
     while (!d->stop && n >= 0) {
         uint64_t now = daemon_now_ns();
+        audit_turn(d, now);
         if (turn(d))
             busy = now;
         /* While movers compute, spinning would take their processor; they wake the loop. */

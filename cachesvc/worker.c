@@ -4,6 +4,7 @@
  * HELLO_NS by the loop; it writes nonsense into its region: each submission is copied once and the copy checked. */
 #include "cachesvc/worker.h"
 
+#include "cachesvc/audit.h"
 #include "cachesvc/optable.h"
 #include "cachesvc/served.h"
 #include "proto/check.h"
@@ -86,6 +87,7 @@ void worker_leave(struct worker *w, bool died, const char *why)
         log_write(died ? LOG_WARN : LOG_INFO, "worker %u (%s, pid %d) left: %s", w->id, w->label, w->pid, why);
         d->counters.workers_died += died;
         keep_counters(d, &w->region->counters);
+        audit_worker(w);
         w->state = WORKER_LEFT;
         core_worker_leave(d->core, w->id);
         daemon_act(d); /* answers to this worker, before its number is another's */

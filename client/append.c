@@ -2,19 +2,10 @@
  * piece sealed can leave the pool while the next waits for its grant. A piece that fails takes the earlier ones back. */
 #include "client/internal.h"
 
-#include <time.h>
-
 #define PIECE_BLOCKS     64u
 #define PIECE_SHARE      8u /* of the pool, at most: two pieces of several workers are in it at once */
 #define CACHED_BLOCKS    8u
 #define STATE_MIN_TOKENS 16u /* shorter calls teach a scheme nothing, so nobody asks the daemon for a state first */
-
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
-}
 
 static int grant(struct pkv_seq *seq, uint32_t layer, uint64_t tokens)
 {
@@ -23,10 +14,10 @@ static int grant(struct pkv_seq *seq, uint32_t layer, uint64_t tokens)
         return 0;
     struct pkv_submission s = {.op = PKV_OP_GRANT, .layer = (uint16_t)layer, .seq = seq->handle};
     s.u.grant.tokens = tokens;
-    uint64_t begin = now_ns();
+    uint64_t begin = clock_ns();
     int r = ring_call(kv, &s, NULL);
     kv->region->counters.grant_waits++;
-    kv->region->counters.grant_wait_ns += now_ns() - begin;
+    kv->region->counters.grant_wait_ns += clock_ns() - begin;
     if (!r)
         seq->granted[layer] = pkv_tokens_blocks(tokens);
     return r;

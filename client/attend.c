@@ -2,8 +2,6 @@
  * memory; the daemon is not asked. Served: the same steps with a mover of the daemon in the middle (served.c). */
 #include "client/internal.h"
 
-#include <math.h>
-
 static int policy_of(const struct pkv_budget *b, struct gpu_policy *ret)
 {
     if (b->size != sizeof(*b) || b->rule >= PKV_RULES || b->dense > 1)
@@ -155,9 +153,12 @@ int pkv_attend(struct pkv_seq *const *seqs, const uint32_t *queries, uint32_t co
     struct gpu_policy policy;
     struct pkv *kv = seqs[0]->model->kv;
     int r = policy_of(budget, &policy);
+    lse = audit_begin(seqs, queries, count, layer, lse);
     r = r ? r : attend(seqs, queries, count, layer, q, &policy, out, lse, &e);
-    if (!r)
+    if (!r) {
         count_up(kv, &e, explain);
+        audit_end(kv, &(struct audit_call){&policy, q, out, lse, e.sparse});
+    }
     return kv_done(kv, r);
 }
 
@@ -213,17 +214,6 @@ int pkv_select(struct pkv_seq *seq, uint32_t queries, uint32_t layer, const void
     return kv_done(kv, r);
 }
 
-/* Covered mass and relative error of one query's q head. */
-static void compare(const float *out, const float *exact, uint32_t dim, double *error)
-{
-    double difference = 0, norm = 0;
-    for (uint32_t d = 0; d < dim; d++) {
-        difference += ((double)out[d] - exact[d]) * ((double)out[d] - exact[d]);
-        norm += (double)exact[d] * exact[d];
-    }
-    *error += norm > 0 ? sqrt(difference / norm) : 0;
-}
-
 int pkv_audit(struct pkv_seq *seq, uint32_t queries, uint32_t layer, const void *q, const struct pkv_budget *budget,
               double *ret_mass, double *ret_error)
 {
@@ -241,8 +231,8 @@ int pkv_audit(struct pkv_seq *seq, uint32_t queries, uint32_t layer, const void 
         r = r ? r : attend(&seq, &queries, 1, layer, q, &dense, exact, exact_lse, &ignored);
         double mass = 0, error = 0;
         for (uint64_t h = 0; h < heads && !r; h++) {
-            mass += PKV_MIN(1.0, exp((double)lse[h] - exact_lse[h]));
-            compare(out + h * g->head_dim, exact + h * g->head_dim, g->head_dim, &error);
+            mass += audit_mass(lse[h], exact_lse[h]);
+            error += audit_error(out + h * g->head_dim, exact + h * g->head_dim, g->head_dim);
         }
         if (!r) {
             *ret_mass = mass / (double)heads, *ret_error = error / (double)heads;

@@ -299,5 +299,6 @@ void pkv_close(struct pkv *kv)
         free(kv->readable[tier]);
     free(kv->writable);
     free(kv->refs);
+    audit_close(&kv->audit);
     free(kv);
 }

@@ -3,12 +3,14 @@
 #ifndef CLIENT_INTERNAL_H
 #define CLIENT_INTERNAL_H
 
+#include "client/audit.h"
 #include "client/pivotkv.h"
 #include "gpu/gpu.h"
 #include "proto/check.h"
 #include "proto/ring.h"
 
 #include <stdlib.h>
+#include <time.h>
 
 struct pkv {
     int socket, process, event; /* process: pidfd of the daemon; event: wakes it when it sleeps */
@@ -29,6 +31,7 @@ struct pkv {
     struct pkv_model *models;
     struct pkv_block_ref *refs; /* scratch, [refs_room] */
     uint64_t refs_room;
+    struct audit audit;
     char error[256];
 };
 
@@ -105,7 +108,29 @@ struct attend_part {
 int served_append(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t tokens, const void *k, const void *v);
 int served_sign_again(struct pkv_seq *seq, uint32_t layer, uint64_t tokens);
 int served_attend(const struct attend_part *part, struct gpu_explain *explain);
+/* Rows of blocks to the start of the data area. */
+int served_read(struct pkv_seq *seq, uint32_t layer, uint32_t first, uint32_t count);
 int served_select(const struct attend_part *part, const struct gpu_rows *rows, void *gathered);
+
+/* audit.c: around a call of pkv_attend. begin returns where to put the log-sum-exps: `lse`, or room of its own where the caller
+ * wants none. end after a call that succeeded. */
+struct audit_call {
+    const struct gpu_policy *policy;
+    const void *q;
+    const float *out, *lse;
+    uint64_t sparse; /* query tokens that were not attended densely */
+};
+float *audit_begin(struct pkv_seq *const *seqs, const uint32_t *queries, uint32_t count, uint32_t layer, float *lse);
+void audit_end(struct pkv *kv, const struct audit_call *call);
+void audit_forget(const struct pkv_seq *seq); /* before its tokens change, or it goes */
+void audit_close(struct audit *audit);
+
+static inline uint64_t clock_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
+}
 
 /* Whether attend is dense: 1 or 0; -enum pkv_err for a budget that cannot be. */
 static inline int policy_dense(const struct gpu_policy *p, uint64_t tokens)

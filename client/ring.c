@@ -4,19 +4,11 @@
 
 #include <linux/futex.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #define SLICE_NS   50000000ull /* a daemon's death shows within this */
 #define POSTED     0x80000000u /* tag of an operation that nobody waits for */
 #define SPIN_LOOKS 64u         /* at the ring, between looks at the clock */
-
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
-}
 
 static void relax(void)
 {
@@ -55,14 +47,14 @@ static void sleep_slice(struct pkv *kv)
 
 static int wait_for(struct pkv *kv, uint32_t tag, struct pkv_completion *ret)
 {
-    uint64_t begin = now_ns(), deadline = begin + kv->timeout_ms * 1000000ull, spin = begin + kv->spin_us * 1000ull;
+    uint64_t begin = clock_ns(), deadline = begin + kv->timeout_ms * 1000000ull, spin = begin + kv->spin_us * 1000ull;
     for (;;) {
         for (uint32_t i = 0; i < SPIN_LOOKS; i++) {
             if (reap(kv, tag, ret))
                 return 0;
             relax();
         }
-        uint64_t now = now_ns();
+        uint64_t now = clock_ns();
         if (now < spin)
             continue;
         sleep_slice(kv);
@@ -78,14 +70,14 @@ static int wait_for(struct pkv *kv, uint32_t tag, struct pkv_completion *ret)
 
 static int push(struct pkv *kv, struct pkv_submission *s)
 {
-    uint64_t deadline = now_ns() + kv->timeout_ms * 1000000ull;
+    uint64_t deadline = clock_ns() + kv->timeout_ms * 1000000ull;
     while (!pkv_sq_push(kv->region, &kv->sq_tail, s)) {
         struct pkv_completion ignored;
         (void)reap(kv, POSTED - 1, &ignored); /* no call has this tag */
         int r = daemon_check(kv);
         if (r)
             return r;
-        if (now_ns() > deadline)
+        if (clock_ns() > deadline)
             return -PKV_ERR_RING_FULL;
     }
     if (pkv_load32(&kv->region->sq_tail.waiting)) {
@@ -129,9 +121,9 @@ int ring_post(struct pkv *kv, const struct pkv_submission *submission)
 int pkv_ping(struct pkv *kv, uint64_t *ret_ns)
 {
     struct pkv_submission s = {.op = PKV_OP_NOP};
-    uint64_t begin = now_ns();
+    uint64_t begin = clock_ns();
     int r = ring_call(kv, &s, NULL);
     if (!r && ret_ns)
-        *ret_ns = now_ns() - begin;
+        *ret_ns = clock_ns() - begin;
     return kv_done(kv, r);
 }

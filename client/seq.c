@@ -78,6 +78,7 @@ static int seq_new(struct pkv_model *model, uint64_t handle, uint64_t table, str
 
 void seq_forget(struct pkv_seq *seq)
 {
+    audit_forget(seq);
     struct pkv_seq **at = &seq->model->seqs;
     while (*at != seq)
         at = &(*at)->next;
@@ -106,6 +107,7 @@ int seq_cut(struct pkv_seq *seq, uint32_t layer, uint64_t tokens)
 {
     struct pkv_submission s = {.op = PKV_OP_TRUNCATE, .layer = (uint16_t)layer, .seq = seq->handle};
     s.u.truncate = (struct pkv_op_truncate){.tokens = tokens};
+    audit_forget(seq);
     int r = ring_call(seq->model->kv, &s, NULL);
     uint32_t first = layer == PKV_LAYER_ALL ? 0 : layer, last = layer == PKV_LAYER_ALL ? seq->model->geom.layers : layer + 1;
     /* Without room for the tail's copy, whole blocks have gone and the tail is as it was. */

@@ -103,8 +103,7 @@ int served_append(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t 
     return r;
 }
 
-/* Rows of `count` blocks to the start of the data area. */
-static int read_blocks(struct pkv_seq *seq, uint32_t layer, uint32_t first, uint32_t count)
+int served_read(struct pkv_seq *seq, uint32_t layer, uint32_t first, uint32_t count)
 {
     struct pkv *kv = seq->model->kv;
     struct pkv_submission s = {.op = PKV_OP_READ, .layer = (uint16_t)layer, .seq = seq->handle};
@@ -126,7 +125,7 @@ int served_sign_again(struct pkv_seq *seq, uint32_t layer, uint64_t tokens)
         r = staging_make(g, n, kv->data, &s);
         if (r)
             return r;
-        r = read_blocks(seq, layer, b, n);
+        r = served_read(seq, layer, b, n);
         r = r ? r : staging_sign(seq, layer, &s, 0, count);
         struct pkv_served_append at = pkv_served_append(g, count, PKV_APPEND_SIGNATURES);
         if (!r) { /* the rows have been read: their place is free */
@@ -176,7 +175,7 @@ static int attend_dense(const struct attend_part *p, struct gpu_explain *explain
     for (uint32_t b = 0; b < blocks && !r; b += args.blocks) {
         args.first_block = b, args.blocks = PKV_MIN(room, blocks - b);
         args.start = b == 0, args.finish = b + args.blocks == blocks;
-        r = read_blocks(p->seq, p->layer, b, args.blocks);
+        r = served_read(p->seq, p->layer, b, args.blocks);
         r = r ? r : gpu_dense(m->kv->gpu, &args);
     }
     free(refs);

@@ -45,30 +45,48 @@ enum pkv_op {
     X(attend_ns, ns, "time in attention over rows")                                          \
     X(grant_waits, calls, "appends that waited for a grant")                                 \
     X(grant_wait_ns, ns, "time that appends waited for grants")                              \
-    X(audits, samples, "audited (step, layer) pairs")                                        \
+    X(audits, calls, "calls of pkv_audit")                                                   \
     X(audit_mass_ppm, ppm, "sum over audits of the softmax mass that the selection covered") \
-    X(audit_error_ppm, ppm, "sum over audits of the relative error of the attention output")
+    X(audit_error_ppm, ppm, "sum over audits of the relative error of the attention output") \
+    X(attend_call_ns, ns, "time that attend calls took, samples left out")                   \
+    X(samples, samples, "sampled (query token, layer, kv head): exact attention beside it")  \
+    X(samples_dropped, samples, "samples given up: their sequence was cut or closed")        \
+    X(sample_ns, ns, "time that samples took")                                               \
+    X(sample_mass_ppm, ppm, "sum over samples of the softmax mass covered")                  \
+    X(sample_error_ppm, ppm, "sum over samples of the relative error of the output")         \
+    X(sample_error_to_1, samples, "samples with an error of at most 1 %")                    \
+    X(sample_error_to_2, samples, "above 1 % and at most 2 %")                               \
+    X(sample_error_to_5, samples, "above 2 % and at most 5 %")                               \
+    X(sample_error_to_10, samples, "above 5 % and at most 10 %")                             \
+    X(sample_error_to_20, samples, "above 10 % and at most 20 %")                            \
+    X(sample_error_to_50, samples, "above 20 % and at most 50 %")                            \
+    X(sample_error_beyond, samples, "above 50 %")
+
+/* X(percent): the upper bounds of sample_error_to_*, ascending. */
+#define PKV_SAMPLE_BOUNDS(X) X(1) X(2) X(5) X(10) X(20) X(50)
 
 /* X(name, unit, help): counters of the daemon. */
-#define PKV_DAEMON_COUNTERS(X)                                             \
-    X(loop_turns, turns, "turns of the event loop")                        \
-    X(ops, operations, "operations completed")                             \
-    X(ops_refused, operations, "operations refused by the checks")         \
-    X(workers_joined, workers, "workers that said hello")                  \
-    X(workers_refused, workers, "hellos refused")                          \
-    X(workers_died, workers, "workers that left without saying goodbye")   \
-    X(blocks_granted, blocks, "blocks granted")                            \
-    X(blocks_sealed, blocks, "blocks sealed")                              \
-    X(blocks_home, blocks, "blocks copied to the arena")                   \
-    X(blocks_dropped, blocks, "pool copies dropped under pressure")        \
-    X(blocks_freed, blocks, "blocks freed")                                \
-    X(blocks_cow, blocks, "blocks copied on write by fork and truncate")   \
-    X(copy_bytes, bytes, "bytes moved from pool to arena")                 \
-    X(copy_ns, ns, "time in those copies")                                 \
-    X(checksum_failures, blocks, "blocks whose checksum did not match")    \
-    X(grants_delayed, grants, "grants that waited for room")               \
-    X(grants_refused, grants, "grants refused: pool or arena full")        \
-    X(served_selects, queries, "query tokens selected for served workers") \
-    X(served_rows, rows, "rows gathered for served workers")
+#define PKV_DAEMON_COUNTERS(X)                                                \
+    X(loop_turns, turns, "turns of the event loop")                           \
+    X(ops, operations, "operations completed")                                \
+    X(ops_refused, operations, "operations refused by the checks")            \
+    X(workers_joined, workers, "workers that said hello")                     \
+    X(workers_refused, workers, "hellos refused")                             \
+    X(workers_died, workers, "workers that left without saying goodbye")      \
+    X(blocks_granted, blocks, "blocks granted")                               \
+    X(blocks_sealed, blocks, "blocks sealed")                                 \
+    X(blocks_home, blocks, "blocks copied to the arena")                      \
+    X(blocks_dropped, blocks, "pool copies dropped under pressure")           \
+    X(blocks_freed, blocks, "blocks freed")                                   \
+    X(blocks_cow, blocks, "blocks copied on write by fork and truncate")      \
+    X(copy_bytes, bytes, "bytes moved from pool to arena")                    \
+    X(copy_ns, ns, "time in those copies")                                    \
+    X(checksum_failures, blocks, "blocks whose checksum did not match")       \
+    X(grants_delayed, grants, "grants that waited for room")                  \
+    X(grants_refused, grants, "grants refused: pool or arena full")           \
+    X(served_selects, queries, "query tokens selected for served workers")    \
+    X(served_rows, rows, "rows gathered for served workers")                  \
+    X(quality_alarms, alarms, "models whose mean error rose above the limit") \
+    X(quality_cleared, alarms, "of them, those that fell below it again")
 
 #endif

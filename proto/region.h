@@ -17,6 +17,13 @@ PKV_WIRE_ASSERT(struct pkv_index, 64, 64, 4 + 4 + 14 * 4, reserved, 8);
 /* No reads are in flight. */
 #define PKV_EPOCH_IDLE UINT64_MAX
 
+/* What a worker's samples say of one model; sums that only grow. */
+struct pkv_model_quality {
+    uint64_t samples, mass_ppm, error_ppm;
+    uint64_t reserved;
+};
+PKV_WIRE_ASSERT(struct pkv_model_quality, 32, 8, 3 * 8 + 8, reserved, 24);
+
 struct pkv_region {
     uint32_t magic;
     uint32_t worker;
@@ -42,15 +49,16 @@ struct pkv_region {
     struct pkv_worker_counters {
         PKV_WORKER_COUNTERS(PKV_COUNTER_MEMBER)
     } counters;
+    struct pkv_model_quality quality[PKV_MODELS_MAX]; /* by model id */
 };
 
 /* Read-only to every worker; the daemon writes. */
 struct pkv_control {
     uint32_t magic;
     uint32_t version_major, version_minor;
-    uint32_t reserved0;
-    uint64_t epoch;    /* grows each time that places are retired */
-    uint64_t instance; /* random, of this run of the daemon */
+    uint32_t audit_ppm; /* share of attend time that samples may take; 0: none are taken */
+    uint64_t epoch;     /* grows each time that places are retired */
+    uint64_t instance;  /* random, of this run of the daemon */
     uint64_t pool_bytes, arena_bytes;
     uint64_t reserved[2];
 };

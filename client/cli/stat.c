@@ -39,13 +39,66 @@ static void workers(const json_t *list)
     table_print(&t);
 }
 
+static void number_or_dash(const json_t *object, const char *key, char to[32])
+{
+    const json_t *n = json_object_get(object, key);
+    if (json_is_number(n))
+        snprintf(to, 32, "%.3f", json_number_value(n));
+    else
+        snprintf(to, 32, "-");
+}
+
+/* What the samples say of each model's selections. */
+static void models(const json_t *stat)
+{
+    struct table t = {0};
+    size_t i;
+    const json_t *m, *list = json_object_get(stat, "models");
+    if (!json_array_size(list))
+        return;
+    table_row(&t, 7, (const char *const[]){"model", "scheme", "bits", "samples", "mass", "error", "alarm"});
+    json_array_foreach((json_t *)(uintptr_t)list, i, m)
+    {
+        char cells[4][32];
+        const json_t *q = json_object_get(m, "quality");
+        snprintf(cells[0], 32, "%llu", (unsigned long long)format_number(m, "sig_bits"));
+        snprintf(cells[1], 32, "%llu", (unsigned long long)format_number(q, "samples"));
+        number_or_dash(q, "mass", cells[2]);
+        number_or_dash(q, "error", cells[3]);
+        table_row(&t, 7,
+                  (const char *const[]){format_text(m, "name"), format_text(m, "scheme"), cells[0], cells[1], cells[2],
+                                        cells[3], json_is_true(json_object_get(q, "alarm")) ? "ALARM" : "quiet"});
+    }
+    printf("\n");
+    table_print(&t);
+}
+
+/* One line: what the audit takes, and what its samples found. */
+static void audit(const json_t *stat)
+{
+    const json_t *a = json_object_get(stat, "audit"), *t = json_object_get(stat, "totals");
+    uint64_t samples = format_number(t, "samples"), call_ns = format_number(t, "attend_call_ns");
+    double share = (double)format_number(a, "share_ppm") * 1e-4;
+    if (share <= 0) {
+        printf("%-10s off (audit-ppm 0)\n", "audit");
+        return;
+    }
+    printf("%-10s %llu samples", "audit", (unsigned long long)samples);
+    if (samples)
+        printf(", mass %.3f, error %.3f", (double)format_number(t, "sample_mass_ppm") * 1e-6 / (double)samples,
+               (double)format_number(t, "sample_error_ppm") * 1e-6 / (double)samples);
+    printf("; takes %.2f %% of attend's time, may take %.2f %%; %llu alarms stand\n",
+           call_ns ? 100.0 * (double)format_number(t, "sample_ns") / (double)call_ns : 0.0, share,
+           (unsigned long long)format_number(a, "alarms"));
+}
+
 static void counters(const char *title, const json_t *object)
 {
     const char *key;
     const json_t *value;
     printf("\n%s\n", title);
     json_object_foreach((json_t *)(uintptr_t)object, key, value) if (json_integer_value(value))
-        printf("  %-18s %lld\n", key, (long long)json_integer_value(value));
+        printf("  %-19s %lld\n", key, (long long)json_integer_value(value));
 }
 
 int cli_stat(struct cli *cli)
@@ -70,6 +123,8 @@ int cli_stat(struct cli *cli)
     printf("%-10s %llu\n", "sequences", (unsigned long long)format_number(s, "sequences"));
     printf("%-10s %s resident (pool and arena included), heap %s\n", "memory", format_bytes(format_number(memory, "rss"), rss),
            format_bytes(format_number(memory, "heap"), heap));
+    audit(s);
+    models(s);
     workers(json_object_get(s, "workers"));
     counters("daemon, since its start", json_object_get(s, "counters"));
     counters("all workers, gone ones included", json_object_get(s, "totals"));

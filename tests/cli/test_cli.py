@@ -71,6 +71,8 @@ class Daemon(unittest.TestCase):
             for flags, word in ((["--nothing"], "not a flag"), (["--pool-bytes"], "needs a value"),
                                 (["--pool-bytes", "12X"], "pool-bytes"), (["--pool-bytes", "1"], "from"),
                                 (["--chunk-bytes", "3M"], "power of two"), (["--io", "fast"], "auto uring epoll"),
+                                (["--audit-ppm", "1000001"], "from 0 to 1000000"),
+                                (["--audit-alarm-ppm", "much"], "audit-alarm-ppm"),
                                 (["--config", str(config)], "pool-bytes"), (["--config", str(other)], "not a setting"),
                                 (["--config", folder + "/none"], "No such file")):
                 status, said = start(*flags)
@@ -149,13 +151,22 @@ class Service(unittest.TestCase):
             self.assertEqual(blocks[key], sum(layer[key] for layer in inspected["layer"]))
         self.assertEqual(inspected["geometry"]["q_heads"], 8)
         self.assertGreater(blocks["home_arena"], 0)  # 20000 tokens do not fit in the pool
+        self.assertEqual(stat["audit"], {"share_ppm": 5000, "alarm_ppm": 250000, "alarms": 0})
+        quality = stat["models"][0]["quality"]
+        self.assertEqual((set(quality), quality["alarm"]), ({"samples", "mass", "error", "alarm"}, False))
+        for text in ("audit ", " may take 0.50 %", "alarm", "quiet", stat["models"][0]["name"]):
+            self.assertIn(text, tables[0].stdout)
         self.assertEqual(stat["totals"]["tokens_attended"], stat["workers"][0]["counters"]["tokens_attended"])
         for table in tables:
             self.assertEqual((table.returncode, table.stderr), (GOOD, ""))
             self.assertIn("attend" if table is tables[0] else "example", table.stdout)
         after = self.json("stat")
         self.assertEqual((after["sequences"], after["pool"]["used"], after["workers"]), (0, 0, []))
-        self.assertGreaterEqual(after["totals"]["attend_calls"], 10)
+        totals = after["totals"]
+        self.assertGreaterEqual(totals["attend_calls"], 10)
+        self.assertGreater(totals["attend_call_ns"], 0)
+        self.assertEqual(totals["samples"], sum(n for name, n in totals.items() if name.startswith("sample_error_to_")) +
+                         totals["sample_error_beyond"])
         gone = run("inspect", ls[0]["seq"], env=self.env)
         self.assertEqual(gone.returncode, FAILED)
         self.assertIn("STALE", gone.stderr)
