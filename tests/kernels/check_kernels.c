@@ -66,7 +66,12 @@ static void run(struct gpu *gpu, struct gpu_scheme *scheme, struct world *w, str
                                .lse = r->dense_lse};
     MUST(gpu_dense(gpu, &d) == 0);
     d.first_block = cut, d.blocks = UINT32_MAX, d.start = false, d.finish = true;
-    MUST(gpu_dense(gpu, &d) == 0);
+    for (uint32_t head = 0; head < w->g.kv_heads; head++) { /* the heads one by one give what all at once give */
+        d.first_head = head, d.heads = 1;
+        MUST(gpu_dense(gpu, &d) == 0);
+    }
+    d.heads = 2;
+    MUST(gpu_dense(gpu, &d) == -PKV_ERR_SHAPE);
 }
 
 static void result_free(struct result *r)
