@@ -49,6 +49,7 @@
 #define PKV_NAME_BYTES       32u /* tenant, label; NUL included */
 #define PKV_MODEL_NAME_BYTES 64u
 #define PKV_DIGEST_BYTES     32u
+#define PKV_UUID_BYTES       16u /* of a GPU */
 
 /* Blocks pinned in the pool at each end of a sequence: they hold the usual 128 sinks, and 128 recent tokens however
  * full the tail block is. */

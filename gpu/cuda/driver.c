@@ -1,0 +1,79 @@
+/* libcuda and its errors. */
+#include "gpu/cuda/driver.h"
+
+#include <dlfcn.h>
+
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static struct cuda_driver table;
+static bool good;
+
+#define TEXT(name)  #name
+#define NAME(macro) TEXT(macro)
+
+static void *symbol(void *library, const char *name)
+{
+    void *found = dlsym(library, name);
+    good = good && found;
+    return found;
+}
+
+static void load(void)
+{
+    void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+    good = library != NULL;
+    if (!good)
+        return;
+#define LOAD(function) *(void **)(&table.function) = symbol(library, NAME(function));
+    CUDA_DRIVER(LOAD)
+#undef LOAD
+    good = good && table.cuInit(0) == CUDA_SUCCESS;
+}
+
+const struct cuda_driver *cuda_driver(void)
+{
+    pthread_once(&once, load);
+    return good ? &table : NULL;
+}
+
+int cuda_device_enter(struct cuda_device *d)
+{
+    if (__atomic_load_n(&d->lost, __ATOMIC_ACQUIRE))
+        return -PKV_ERR_GPU_LOST;
+    return cuda_device_error(d, d->cu->cuCtxPushCurrent(d->context));
+}
+
+void cuda_device_leave(struct cuda_device *d)
+{
+    CUcontext ours;
+    (void)d->cu->cuCtxPopCurrent(&ours); /* fails only once the context is lost */
+}
+
+int cuda_device_error(struct cuda_device *d, CUresult result)
+{
+    switch (result) {
+    case CUDA_SUCCESS:
+        return 0;
+    case CUDA_ERROR_OUT_OF_MEMORY:
+        return -PKV_ERR_GPU_MEMORY;
+    case CUDA_ERROR_INVALID_VALUE:
+    case CUDA_ERROR_INVALID_HANDLE:
+    case CUDA_ERROR_INVALID_DEVICE:
+        return -PKV_ERR_INVALID;
+    case CUDA_ERROR_NOT_SUPPORTED:
+    case CUDA_ERROR_NOT_PERMITTED:
+        return -PKV_ERR_UNSUPPORTED;
+    case CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED:
+    case CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED:
+        return -PKV_ERR_GPU_REGISTER;
+    case CUDA_ERROR_OPERATING_SYSTEM:
+    case CUDA_ERROR_NOT_READY:
+    case CUDA_ERROR_NOT_FOUND:
+    case CUDA_ERROR_MAP_FAILED:
+    case CUDA_ERROR_UNMAP_FAILED:
+    case CUDA_ERROR_ALREADY_MAPPED:
+        return -PKV_ERR_SYSTEM;
+    default: /* faults of kernels and of the memory, a context or driver that went: nothing of them passes */
+        __atomic_store_n(&d->lost, 1, __ATOMIC_RELEASE);
+        return -PKV_ERR_GPU_LOST;
+    }
+}

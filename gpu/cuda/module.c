@@ -1,0 +1,16 @@
+/* The module's one symbol. */
+#include "gpu/cuda/driver.h"
+
+__attribute__((visibility("default"))) gpu_module_entry pivotkv_cuda_module;
+
+const struct gpu_module *pivotkv_cuda_module(void)
+{
+    static const struct gpu_module module = {
+        .version = GPU_MODULE_VERSION,
+        .bytes = sizeof(struct gpu_module),
+        .release = PKV_VERSION,
+        .device = &cuda_device_verbs,
+        .backend = NULL,
+    };
+    return &module;
+}

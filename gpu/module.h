@@ -1,0 +1,69 @@
+/* What libpivotkv-cuda.so brings, and how it is found. One build serves machines with and without a GPU: nothing of CUDA is
+ * linked; the module is opened when somebody asks for a device, and says what it has through one symbol. Private to gpu.
+ *
+ * Everything here is of one release: a module of another one is refused, so structs may change freely. */
+#ifndef GPU_MODULE_H
+#define GPU_MODULE_H
+
+#include "gpu/device.h"
+#include "gpu/gpu.h"
+
+/* A device that the module opened; its own struct begins with this one. */
+struct gpu_device {
+    const struct gpu_device_verbs *verbs;
+    struct gpu_device_info info;
+};
+
+/* gpu/device.h, without what device.c makes of it. */
+struct gpu_device_verbs {
+    int (*count)(uint32_t *ret);
+    int (*probe)(uint32_t ordinal, struct gpu_device_info *ret);
+    int (*open)(uint32_t ordinal, struct gpu_device **ret);
+    void (*close)(struct gpu_device *device);
+    bool (*lost)(const struct gpu_device *device);
+    int (*chunk_create)(struct gpu_device *device, uint64_t bytes, struct gpu_chunk *ret);
+    int (*chunk_import)(struct gpu_device *device, int fd, uint64_t bytes, bool writable, struct gpu_chunk *ret);
+    void (*chunk_release)(struct gpu_device *device, struct gpu_chunk *chunk);
+    int (*pin)(struct gpu_device *device, const void *base, uint64_t bytes, bool read_only, uint64_t *ret_address);
+    void (*unpin)(struct gpu_device *device, const void *base);
+    int (*copy)(struct gpu_device *device, enum gpu_direction direction, const struct gpu_copy *copies, uint32_t count,
+                uint64_t *ret_ticket);
+    int (*zero)(struct gpu_device *device, uint64_t address, uint64_t bytes, uint64_t *ret_ticket);
+    int (*poll)(struct gpu_device *device, uint64_t ticket);
+};
+
+/* The door functions of gpu.h on a device; arrays that are the caller's are host memory, places are the device's. A backend
+ * embeds what it needs in a struct of its own. Owner: as of struct gpu. */
+struct gpu_backend {
+    int (*open)(struct gpu_device *device, const struct gpu_options *options, void **ret);
+    void (*close)(void *backend);
+    const char *(*describe)(const void *backend);
+    int (*append)(void *backend, const struct gpu_append_args *args);
+    int (*sign)(void *backend, const struct gpu_sign_args *args);
+    int (*weights)(void *backend, const struct gpu_weights_args *args);
+    int (*select)(void *backend, const struct gpu_select_args *args, const struct gpu_rows *ret_rows);
+    int (*gather)(void *backend, const struct gpu_select_args *args, const struct gpu_rows *rows, void *ret);
+    int (*attend_rows)(void *backend, const struct gpu_select_args *args, const struct gpu_rows *rows, const void *gathered,
+                       float *ret_out, float *ret_lse);
+    int (*dense)(void *backend, const struct gpu_dense_args *args);
+    int (*attend)(void *backend, const struct gpu_attend_args *args);
+};
+
+struct gpu_module {
+    uint32_t version;    /* GPU_MODULE_VERSION; the first member, whatever follows */
+    uint32_t bytes;      /* sizeof(struct gpu_module) */
+    const char *release; /* of pivotkv */
+    const struct gpu_device_verbs *device;
+    const struct gpu_backend *backend; /* NULL: memory only */
+};
+#define GPU_MODULE_VERSION 1u
+#define GPU_MODULE_FILE    "libpivotkv-cuda.so"
+#define GPU_MODULE_SYMBOL  "pivotkv_cuda_module"
+typedef const struct gpu_module *gpu_module_entry(void);
+
+/* Opened once per process; NULL: gpu_module_why() (device.h) has the reason. */
+const struct gpu_module *gpu_module_get(void);
+/* One file. False: `ret_why` has the reason. What was opened stays open: threads of its libraries may run. */
+bool gpu_module_load(const char *path, const struct gpu_module **ret, char *ret_why, size_t room);
+
+#endif
