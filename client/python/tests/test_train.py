@@ -1,0 +1,164 @@
+"""Training: gradients against differences, what is learnt, checkpoints, resume, and bytes that repeat."""
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import unittest
+
+import numpy as np
+
+from pivotkv import evaluate, hash_unit, mlp, recording, schemes, tensors, train
+from pivotkv.hash_unit import Options, Text
+
+QUICK = dict(steps=6, hidden=(16,), bits=16, chunk=32, labels=8, negatives=64, sinks=16, recent=16)
+
+
+def vectors(random, *shape):
+    """Low-rank and noise: something to learn, and keys that matter."""
+    x = random.standard_normal(shape).astype(np.float32)
+    return x * np.geomspace(3, 0.1, shape[-1]).astype(np.float32) + 0.5
+
+
+def write_recording(path, seed=1, tokens=600, layers=(3, 9), q_heads=4, kv_heads=2, dim=64, values=False):
+    random = np.random.default_rng(seed)
+    arrays = {}
+    for layer in layers:
+        arrays[f"q.{layer}"] = vectors(random, tokens, q_heads, dim).astype(np.float16)
+        arrays[f"k.{layer}"] = vectors(random, tokens, kv_heads, dim).astype(np.float16)
+        if values:
+            arrays[f"v.{layer}"] = random.standard_normal((tokens, kv_heads, dim)).astype(np.float16)
+    tensors.write(path, arrays, recording.About("toy", "d1g", "noise").meta())
+
+
+class GradientTest(unittest.TestCase):
+    def test_against_differences(self):
+        random = np.random.default_rng(0)
+        options = Options(**QUICK)
+        text = Text(vectors(random, 2, 400, 64), vectors(random, 400, 64))
+        for hidden in ((), (16, 16)):
+            widths = [64, *hidden, 8]
+            unit = hash_unit.Unit(mlp.MLP.fresh(widths, random), [mlp.MLP.fresh(widths, random) for _ in range(2)])
+            for net in (unit.k, *unit.q):  # float64, so that differences mean something
+                net.weights = [w.astype(np.float64) for w in net.weights]
+                net.biases = [b.astype(np.float64) for b in net.biases]
+            logit = np.array([0.7, -0.3])
+            batch = hash_unit._draw([text], options, random)
+            _, d_k, d_q, d_logit = hash_unit._step(unit, logit, batch)
+            checks = [*zip(unit.k.parameters(), d_k), *zip(unit.q[batch.head].parameters(), d_q), (logit, d_logit)]
+            for parameter, gradient in checks:
+                at = tuple(random.integers(n) for n in parameter.shape)
+                losses = []
+                for change in (1e-5, -2e-5):
+                    parameter[at] += change
+                    losses.append(hash_unit._step(unit, logit, batch)[0])
+                parameter[at] += 1e-5
+                self.assertAlmostEqual((losses[0] - losses[1]) / 2e-5, gradient[at], delta=1e-6 + 1e-4 * abs(gradient[at]))
+
+    def test_sampled_loss_has_the_full_loss_as_its_mean(self):
+        random = np.random.default_rng(3)
+        text = Text(vectors(random, 1, 900, 64), vectors(random, 900, 64))
+        unit = hash_unit.Unit(mlp.MLP.fresh([64, 16, 8], random), [mlp.MLP.fresh([64, 16, 8], random)])
+        logit = np.array([1, 0], np.float32)
+
+        def loss(negatives, seed):
+            drawn = hash_unit._draw([text], Options(**{**QUICK, "negatives": negatives}), np.random.default_rng(seed))
+            return hash_unit._step(unit, logit, drawn)[0]
+
+        full = [loss(0, seed) for seed in range(40)]
+        thin = [loss(64, seed) for seed in range(40)]
+        self.assertLess(abs(np.mean(full) - np.mean(thin)), 3 * np.std(np.subtract(full, thin)) / np.sqrt(40) + 1e-4)
+
+    def test_labels_are_the_best_visible_keys(self):
+        random = np.random.default_rng(4)
+        text = Text(vectors(random, 1, 500, 64), vectors(random, 500, 64))
+        options = Options(**{**QUICK, "negatives": 0})
+        batch = hash_unit._draw([text], options, random)
+        first = int(np.flatnonzero((text.q[0] == batch.queries[0]).all(axis=1))[0])
+        for i in range(options.chunk):
+            sees = np.arange(options.sinks, first + i + 1 - options.recent)
+            want = sees[np.argsort(-(text.k[sees] @ batch.queries[i]))[: options.labels]]
+            np.testing.assert_array_equal(np.flatnonzero(batch.labels[i]) + options.sinks, np.sort(want))
+            np.testing.assert_array_equal(np.flatnonzero(batch.weights[i]) + options.sinks, sees)
+
+
+class TrainTest(unittest.TestCase):
+    def setUp(self):
+        self._folder = tempfile.TemporaryDirectory()
+        self.addCleanup(self._folder.cleanup)
+        self.folder = pathlib.Path(self._folder.name)
+        self.recording = self.folder / "r.safetensors"
+        write_recording(self.recording)
+
+    def finished(self, plan, name, stops=()):
+        checkpoint = train.Checkpoint(self.folder / f"{name}.checkpoint", plan)
+        for stop in stops:
+            self.assertFalse(train.run(plan, checkpoint, stop_after=stop))
+        self.assertTrue(train.run(plan, checkpoint, workers=2))
+        train.finish(plan, checkpoint, self.folder / name)
+        return (self.folder / name).read_bytes()
+
+    def test_same_seed_same_bytes_also_after_interruptions(self):
+        plan = train.plan_of("hash", [self.recording], **QUICK)
+        whole = self.finished(plan, "a")
+        self.assertEqual(whole, self.finished(plan, "b", stops=(3, 1)))
+        other = train.plan_of("hash", [self.recording], **QUICK, seed=2)
+        self.assertNotEqual(whole, self.finished(other, "c"))
+        with self.assertRaisesRegex(ValueError, "another training"):
+            train.Checkpoint(self.folder / "a.checkpoint", other)
+
+    def test_hash_learns(self):
+        """More mass than the same MLPs before training, and than sinks and recent alone."""
+        path, held = self.folder / "r.safetensors", self.folder / "held.safetensors"
+        write_recording(path, tokens=1500, layers=(0,))
+        write_recording(held, seed=2, tokens=700, layers=(0,), values=True)
+        mass = []
+        for steps in (1, 400):
+            plan = train.plan_of("hash", [path], **{**QUICK, "steps": steps, "rate": 3e-3, "bits": 32, "hidden": (32, 32)})
+            self.finished(plan, f"h{steps}")
+            scheme, test = schemes.load(self.folder / f"h{steps}"), recording.load(held)
+            self.assertEqual((scheme.kind, scheme.bits, scheme.geometry), ("hash", 64, test.geometry))
+            mass.append(evaluate.run(test, scheme, [48], range(400, 700, 20), sinks=16, recent=16)[0].mass)
+        self.assertGreater(mass[1], mass[0] + 0.1)
+
+    def test_linear_file(self):
+        plan = train.plan_of("linear", [self.recording], **{**QUICK, "hidden": (), "bits": 64})
+        self.finished(plan, "l")
+        scheme = schemes.load(self.folder / "l")
+        self.assertEqual((scheme.kind, scheme.bits, scheme.meta["query"]), ("linear", 64, "value"))
+        self.assertEqual(scheme.file.shape("q.weight"), (2, 4, 64, 64))
+        self.assertEqual(scheme.sign(1, 1, np.ones((5, 64), np.float32)).shape, (5, 64))
+
+    def test_command(self):
+        out = self.folder / "hash.safetensors"
+        command = [sys.executable, "-m", "pivotkv.train_command", str(self.recording), "--out", str(out), "--steps", "4",
+                   "--bits", "16", "--hidden", "16", "--chunk", "32", "--labels", "8", "--sinks", "16", "--recent", "16",
+                   "--workers", "2"]
+
+        def run(*more):
+            return subprocess.run([*command, *more], capture_output=True, text=True, timeout=120, check=False)
+
+        done = run("--stop-after", "2")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertFalse(out.exists())
+        done = run()
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("2 of 8 heads are in", done.stderr)
+        self.assertIn("hash, 32 bits", done.stdout)
+        self.assertEqual(np.array(json.loads(pathlib.Path(f"{out}.losses.json").read_text())).shape, (8, 4))
+        meta = tensors.File(out).meta
+        self.assertEqual([meta[n] for n in ("scheme", "layers", "q_heads", "kv_heads", "head_dim", "bits", "model", "text",
+                                            "model_digest", "tokens")],
+                         ["hash", "2", "4", "2", "64", "32", "toy", "noise", "d1g", "600"])
+        for more, code, word in ((("--seed", "9"), 1, "another training"), (("--bits", "17"), 1, "32 to 256"),
+                                 (("--steps", "0"), 2, "above zero"), (("--chunk", "700"), 1, "training needs")):
+            failed = run(*more)
+            self.assertEqual(failed.returncode, code, failed.stderr)
+            self.assertIn(word, failed.stderr)
+            self.assertNotIn("Traceback", failed.stderr)
+        command[3] = str(self.folder / "none.safetensors")
+        self.assertIn("No such file", run().stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()
