@@ -21,6 +21,7 @@ static void test_no_module(void **state)
     assert_refused("/nonexistent/libpivotkv-cuda.so", "No such file");
     assert_refused("/proc/self/maps", "invalid ELF header");
     assert_refused("libm.so.6", GPU_MODULE_SYMBOL);
+    assert_refused(getenv("PIVOTKV_OTHER_MODULE"), "of another release");
 }
 
 /* As a program without the module meets it: the named file is the only one that is looked for. */
