@@ -71,23 +71,28 @@ static __device__ void sign_mapped(const struct cuda_append &a, uint64_t at, con
     const struct cuda_scheme &s = a.scheme;
     bool code = s.kind == PKV_SCHEME_CODE;
     uint32_t out = code ? s.dims : g.sig_bits;
-    apply_map(s.k_weight, s.k_bias, at, out, key, g.head_dim, values, lane);
+    apply_map(s.k[0].weight, s.k[0].bias, at, out, key, g.head_dim, values, lane);
     if (!code) {
         for (uint32_t w = 0; w < pkv_geom_words(&g); w++) {
             uint32_t word = __ballot_sync(ALL_LANES, values[w * 32 + lane] > 0);
             if (lane == 0)
                 words[w] = word;
         }
-    } else if (lane == 0) {
-        for (uint32_t w = 0; w < pkv_geom_words(&g); w++)
-            words[w] = 0;
-        for (uint32_t i = 0, bit = 0; i < s.dims; i++) {
+    } else {
+        if (lane < pkv_geom_words(&g))
+            words[lane] = 0;
+        __syncwarp();
+        for (uint32_t i = lane, bit = 0; i < PKV_ALIGN_UP(s.dims, WARP); i += WARP) {
+            struct code_dim d = code_dim_of(s, at, i, lane, &bit);
             uint64_t dim = at * s.dims + i;
-            float most = (float)((1u << s.bits[dim]) - 1),
-                  level = floorf(__fdiv_rn(__fsub_rn(values[i], s.low[dim]), s.step[dim]));
+            if (!d.bits)
+                continue;
+            float most = (float)((1u << d.bits) - 1), level = floorf(__fdiv_rn(__fsub_rn(values[i], s.low[dim]), s.step[dim]));
             uint32_t v = (uint32_t)fminf(fmaxf(level, 0.0f), most);
-            for (uint32_t p = 0; p < s.bits[dim]; p++, bit++)
-                words[bit / 32] |= (v >> p & 1) << bit % 32;
+            uint64_t both = (uint64_t)v << d.first % 32; /* at most four bits: two words */
+            atomicOr(&words[d.first / 32], (uint32_t)both);
+            if (both >> 32)
+                atomicOr(&words[d.first / 32 + 1], (uint32_t)(both >> 32));
         }
     }
     __syncwarp();

@@ -3,7 +3,7 @@
  *
  * A group of lanes holds a row, eight dimensions a lane, so a load is 16 bytes (twice for f32) and the softmax state lives in
  * registers: at decode the kernel waits for memory, not for arithmetic, and plain FMAs serve every dtype and head_dim alike. */
-#include "gpu/cuda/device.cuh"
+#include "gpu/cuda/rows.cuh"
 
 #define THREADS 256u
 #define WARPS   (THREADS / WARP)
@@ -12,7 +12,7 @@
 #define VECTOR  8u   /* dimensions a lane */
 
 template <uint32_t DIM> struct attend_shared {
-    uint64_t address[ROWS];
+    uint64_t address[ROWS], keep[ROWS]; /* keep: the way of the row cache that a fetched row goes to */
     float out[WARPS][HEADS][DIM];
     float max[WARPS][HEADS], sum[WARPS][HEADS];
     uint32_t last;
@@ -39,6 +39,13 @@ template <typename T> static __device__ __forceinline__ vector8<T> load8(const T
     return x;
 }
 
+template <typename T> static __device__ __forceinline__ void store8(T *p, const vector8<T> &x)
+{
+#pragma unroll
+    for (uint32_t i = 0; i < sizeof(T) / 2; i++)
+        ((uint4 *)p)[i] = x.v[i];
+}
+
 /* Running softmax of four heads; `out` is this lane's eight dimensions. Base 2. */
 struct state {
     float max[HEADS], sum[HEADS], out[HEADS][VECTOR];
@@ -62,8 +69,8 @@ static __device__ __forceinline__ void merge(struct state &s, uint32_t apart)
 
 /* U rows a group of lanes; `row` of the first, of `rows`. */
 template <typename T, uint32_t DIM, uint32_t U>
-static __device__ __forceinline__ void step(const uint64_t *address, uint32_t row, uint32_t stride, uint32_t rows,
-                                            uint32_t lane, const float (&q)[HEADS][VECTOR], struct state &s)
+static __device__ __forceinline__ void step(const uint64_t *address, const uint64_t *keep, uint32_t row, uint32_t stride,
+                                            uint32_t rows, uint32_t lane, const float (&q)[HEADS][VECTOR], struct state &s)
 {
     constexpr uint32_t USED = DIM / VECTOR, GROUP = USED == 12 ? 16 : USED;
     vector8<T> k[U], v[U];
@@ -75,6 +82,13 @@ static __device__ __forceinline__ void step(const uint64_t *address, uint32_t ro
         const T *p = (const T *)address[there[u] ? r : 0] + (lane < USED ? lane * VECTOR : 0);
         k[u] = load8(p), v[u] = load8(p + DIM);
     }
+    if (keep)
+#pragma unroll
+        for (uint32_t u = 0; u < U; u++)
+            if (there[u] && keep[row + u * stride] && lane < USED) {
+                T *p = (T *)keep[row + u * stride] + lane * VECTOR;
+                store8(p, k[u]), store8(p + DIM, v[u]);
+            }
     float score[U][HEADS];
 #pragma unroll
     for (uint32_t u = 0; u < U; u++) {
@@ -213,26 +227,36 @@ static __device__ void write_result(const struct cuda_attend &a, struct attend_s
     ((float4 *)(a.out + q_head * DIM))[quad] = make_float4(sum.x * by, sum.y * by, sum.z * by, sum.w * by);
 }
 
+/* Addresses of `rows` entries from `at` on. The first chunk of heads claims ways for what is fetched. */
+template <uint32_t DIM>
+static __device__ void take_addresses(const struct cuda_attend &a, struct attend_shared<DIM> *m, const struct list_of &l,
+                                      const struct span &span, uint64_t list, uint32_t at, uint32_t rows, bool keep)
+{
+    uint64_t first = list * cuda_rows_max(&a.policy) + at;
+    for (uint32_t i = threadIdx.x; i < rows; i += THREADS) {
+        uint64_t address = span.dense ? (uint64_t)row_address(a, l.blocks, l.head, at + i) : a.work.address[first + i];
+        m->keep[i] = keep && address & FETCHED ? cache_claim(a, l, a.work.index[first + i]) : 0;
+        m->address[i] = address & ~FETCHED;
+    }
+}
+
 template <typename T, uint32_t DIM>
 static __device__ void attend_rows(const struct cuda_attend &a, struct attend_shared<DIM> *m, const struct span &span,
-                                   uint32_t query, uint32_t list, uint32_t head, uint32_t split,
+                                   uint32_t query, uint32_t list, uint32_t head, uint32_t split, bool first_chunk,
                                    const float (&q)[HEADS][VECTOR], struct state &s)
 {
     constexpr uint32_t USED = DIM / VECTOR, GROUP = USED == 12 ? 16 : USED, SLOTS = WARP / GROUP, U = sizeof(T) == 4 ? 2 : 5;
     uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const struct pkv_block_ref *blocks = blocks_of(a, query);
-    const uint32_t *index = a.work.index + (uint64_t)list * cuda_rows_max(&a.policy);
+    struct list_of l = list_at(a, query, head, span);
+    bool keep = first_chunk && l.cached && !span.dense;
     uint32_t count = span.dense ? span.visible : a.work.chosen[list], per = PKV_DIV_UP(count, a.splits);
     uint32_t begin = min(split * per, count), end = min(begin + per, count);
     for (uint32_t at = begin; at < end; at += ROWS) {
         uint32_t rows = min(ROWS, end - at);
-        for (uint32_t i = threadIdx.x; i < rows; i += THREADS) {
-            uint32_t token = span.dense ? at + i : index[at + i];
-            m->address[i] = (uint64_t)row_address(a, blocks, head, token);
-        }
+        take_addresses<DIM>(a, m, l, span, list, at, rows, keep);
         __syncthreads();
         for (uint32_t row = warp * SLOTS; row < rows; row += U * WARPS * SLOTS)
-            step<T, DIM, U>(m->address, row + lane / GROUP, WARPS * SLOTS, rows, lane % GROUP, q, s);
+            step<T, DIM, U>(m->address, keep ? m->keep : NULL, row + lane / GROUP, WARPS * SLOTS, rows, lane % GROUP, q, s);
         __syncthreads();
     }
 }
@@ -263,7 +287,7 @@ __global__ void __launch_bounds__(THREADS, 2) attend_kernel(const __grid_constan
         }
     }
     wait_for_former();
-    attend_rows<T, DIM>(a, m, span, query, list, head, split, q, s);
+    attend_rows<T, DIM>(a, m, span, query, list, head, split, chunk == 0, q, s);
 #pragma unroll
     for (uint32_t apart = GROUP; apart < WARP; apart *= 2)
         merge(s, apart);
@@ -326,14 +350,12 @@ template <typename T> static bool preload_dims(void)
 __global__ void __launch_bounds__(THREADS) gather_kernel(const __grid_constant__ struct cuda_attend a, char *to)
 {
     const struct pkv_geom &g = a.geom;
-    uint32_t list = blockIdx.y, query = list / g.kv_heads, head = list % g.kv_heads, lane = threadIdx.x % WARP;
+    uint32_t list = blockIdx.y, lane = threadIdx.x % WARP;
     wait_for_former();
-    const struct pkv_block_ref *blocks = blocks_of(a, query);
     uint64_t bytes = pkv_geom_row_bytes(&g), first = (uint64_t)list * cuda_rows_max(&a.policy);
     uint32_t count = a.work.chosen[list];
     for (uint32_t i = blockIdx.x * WARPS + threadIdx.x / WARP; i < count; i += gridDim.x * WARPS) {
-        uint32_t token = a.work.index[first + i];
-        const uint4 *from = (const uint4 *)row_address(a, blocks, head, token);
+        const uint4 *from = (const uint4 *)(a.work.address[first + i] & ~FETCHED);
         for (uint32_t p = lane; p < bytes / 16; p += WARP)
             ((uint4 *)(to + (first + i) * bytes))[p] = __ldg(from + p);
     }

@@ -23,15 +23,23 @@ struct cuda_query {
     uint32_t seq, back;
 };
 
+/* One linear map per head: weight [layers][heads][out][in], bias [layers][heads][out] or NULL. */
+struct cuda_map {
+    const float *weight, *bias;
+    uint32_t out, in;
+};
+#define CUDA_STAGES 4u
+
 /* A signature scheme in device memory; arrays as in gpu/scheme.h. Unused ones are NULL. */
 #define CUDA_SCHEME_NONE PKV_SCHEMES /* append writes rows alone */
 struct cuda_scheme {
-    uint32_t kind; /* enum pkv_scheme or CUDA_SCHEME_NONE; `hash` is not there yet */
+    uint32_t kind; /* enum pkv_scheme or CUDA_SCHEME_NONE */
     uint32_t bases, dims;
     uint32_t q_signs, q_own; /* q_own: the queries' map is per q head and its own, else the keys' map (linear) */
     float unit;
     const float *signs, *mean, *deviation;
-    const float *k_weight, *k_bias, *q_weight, *q_bias;
+    struct cuda_map k[CUDA_STAGES], q[CUDA_STAGES]; /* stages of `hash`'s MLPs; the others have one */
+    uint32_t k_stages, q_stages;
     const float *low, *step;
     const uint8_t *bits;
 };
@@ -45,10 +53,13 @@ struct cuda_work {
     uint16_t *codes;   /* [lists][tokens_max, to a multiple of 64] */
     uint32_t *counts;  /* [lists][parts][CUDA_COUNTS]: how many tokens of a part have at least this code */
     uint32_t *index;   /* [lists][rows_max] ascending */
+    uint64_t *address; /* [lists][rows_max] where the row lies; bit 0: in the arena, and to be kept in the row cache */
     uint32_t *chosen;  /* [lists] entries in index */
     uint16_t *scores;  /* [lists][rows_max] codes, 0 for sinks and recent */
     float *partial;    /* [lists][head chunks][splits]: out [4][head_dim], max [4], sum [4] */
     uint32_t *arrived; /* [lists][head chunks] splits that are done; zero between calls */
+    uint64_t *words;   /* [lists][cuda_words()] what the blocks of a team tell each other: value << 32 | epoch of the call */
+    uint32_t *gates;   /* [lists][CUDA_GATE] arrivals, generation, epoch, each in its own 128 bytes */
 };
 #define CUDA_COUNTS            2128u /* 2049 fine, at CUDA_COARSE 64 coarse (every 32nd), rest padding */
 #define CUDA_COARSE            2056u
@@ -56,6 +67,20 @@ struct cuda_work {
 #define CUDA_SPLITS_MAX        64u                              /* two a lane of the warp that weighs them */
 #define CUDA_HEADS             4u                               /* q heads that attend takes together: a chunk */
 #define CUDA_PARTIAL(head_dim) (CUDA_HEADS * ((head_dim) + 2u)) /* floats of a split's result */
+
+/* A row cache: copies of rows of the arena in device memory, set-associative, apart for each sequence and kv head; one such
+ * struct a layer. A query whose `back` is 0 looks rows up and keeps what it had to fetch; of a call's queries at most one per
+ * sequence has back 0. No way that a call has chosen is evicted by it; else the one that was used at the shortest length goes.
+ * The caller zeroes a sequence's entries before its first call, and again when tokens were cut off or the slot in seqs was
+ * given to another sequence. */
+struct cuda_cache {
+    uint64_t *entries;  /* [seqs][kv_heads][sets][CUDA_WAYS]: token + 1 << 32 | length at its last use; NULL: no cache */
+    void *rows;         /* [seqs][kv_heads][sets][CUDA_WAYS][2][head_dim] */
+    uint64_t *counters; /* [CUDA_COUNTERS], added to */
+    uint32_t sets, reserved;
+};
+#define CUDA_WAYS 8u
+enum cuda_counter { CUDA_HITS, CUDA_MISSES, CUDA_COUNTERS }; /* rows of the arena that were chosen; a miss reads a row */
 
 struct cuda_policy {
     uint32_t k, sinks, recent, rule, dense_below; /* as in gpu_policy */
@@ -68,6 +93,7 @@ struct cuda_attend {
     struct cuda_policy policy;
     struct cuda_scheme scheme;
     struct cuda_work work;
+    struct cuda_cache cache;
     const uint64_t *base[PKV_TIERS]; /* [PKV_CHUNKS_MAX] device-visible addresses of chunks; base[0] unused */
     const struct cuda_seq *seqs;
     const struct cuda_query *query; /* [queries] */
@@ -76,10 +102,13 @@ struct cuda_attend {
     float *lse;                     /* [queries][q_heads]; may be NULL */
     uint32_t layer, queries;
     uint32_t tokens_max; /* no length exceeds it while this launch, or a graph that captured it, is used */
-    uint32_t parts;      /* thread blocks that share a list's scan; cuda_parts() */
-    uint32_t splits;     /* thread blocks that share a list's attention; cuda_splits() */
+    uint32_t parts;      /* thread blocks that share a list's scan; these four by cuda_grid() */
+    uint32_t splits;     /* thread blocks that share a list's attention */
+    uint32_t team;       /* thread blocks that take a list from query to result in one launch; 0: a launch a stage */
+    uint32_t flags;      /* CUDA_KEEP: a team leaves codes, index and scores in work, as the stages do */
     uint32_t weighed;    /* work.weights and work.scales are given: the scheme has no say */
 };
+#define CUDA_KEEP 1u
 
 /* New tokens of several sequences: token i of sequence s becomes number seqs[s].tokens - tokens + i. With k and v NULL the rows
  * are there already and are signed where they lie, pool or arena. */
@@ -114,6 +143,14 @@ static inline int cuda_dense_only(const struct cuda_attend *a)
 {
     return a->tokens_max < a->policy.dense_below || a->tokens_max <= cuda_rows_max(&a->policy);
 }
+
+/* Words of a list in work.words: shares of the biases, the list, shares of the result. */
+static inline PKV_HD uint64_t cuda_words(const struct cuda_attend *a)
+{
+    uint64_t group = pkv_geom_group(&a->geom);
+    return a->team ? a->team * 3ull * group + cuda_rows_max(&a->policy) + a->team * group * (a->geom.head_dim + 2ull) : 0;
+}
+#define CUDA_GATE 96u
 
 typedef void *cuda_stream; /* CUstream */
 

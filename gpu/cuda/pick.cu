@@ -2,8 +2,8 @@
  *
  * Each part finds the threshold for itself from the suffix sums that the scan left (coarse, then fine: two small rounds), knows
  * from the parts before it how many tokens above and at the threshold come first, and writes its own share at its final
- * positions: no barrier between parts, and the order does not depend on their timing. */
-#include "gpu/cuda/device.cuh"
+ * positions: no barrier between parts, and the order does not depend on their timing. Then it looks up where its rows lie. */
+#include "gpu/cuda/rows.cuh"
 
 #define THREADS 512u
 #define WARPS   (THREADS / WARP)
@@ -177,8 +177,9 @@ static __device__ __forceinline__ void count(const uint4 &v, uint32_t code, uint
     *greater += n & 0xffffu, *equal += n >> 16;
 }
 
-static __device__ void compact(struct pick_shared *m, const struct threshold &t, const struct share &s, uint32_t *index,
-                               uint16_t *scores)
+/* Writes this part's share; returns how many entries it has, from t.before_greater + min(t.before_equal, t.ties) on. */
+static __device__ uint32_t compact(struct pick_shared *m, const struct threshold &t, const struct share &s, uint32_t *index,
+                                   uint16_t *scores)
 {
     uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, greater = 0, equal = 0;
 #pragma unroll
@@ -191,10 +192,13 @@ static __device__ void compact(struct pick_shared *m, const struct threshold &t,
     if (lane == 0)
         m->greater[warp] = greater, m->equal[warp] = equal;
     __syncthreads();
-    if (greater + equal == 0)
-        return;
     uint32_t g = t.before_greater + __reduce_add_sync(ALL_LANES, lane < warp ? m->greater[lane % WARPS] : 0);
     uint32_t e = t.before_equal + __reduce_add_sync(ALL_LANES, lane < warp ? m->equal[lane % WARPS] : 0);
+    uint32_t all = __reduce_add_sync(ALL_LANES, lane < WARPS ? m->greater[lane % WARPS] : 0);
+    uint32_t ties = t.before_equal + __reduce_add_sync(ALL_LANES, lane < WARPS ? m->equal[lane % WARPS] : 0);
+    uint32_t written = all + min(ties, t.ties) - min(t.before_equal, t.ties);
+    if (greater + equal == 0)
+        return written;
 #pragma unroll
     for (uint32_t i = 0; i < HELD; i++)
         if (__any_sync(ALL_LANES, most_of(s.held[i]) >= t.code))
@@ -204,17 +208,35 @@ static __device__ void compact(struct pick_shared *m, const struct threshold &t,
         if (__any_sync(ALL_LANES, most_of(v) >= t.code))
             place(t, v, at, lane, &g, &e, index, scores);
     }
+    return written;
 }
 
-static __device__ void write_ends(const struct cuda_attend &a, const struct span &span, uint32_t list, uint32_t k)
+/* Addresses of `count` entries that this block has written. */
+static __device__ void look_up(const struct cuda_attend &a, const struct list_of &list, const uint32_t *index,
+                               uint64_t *address, uint32_t count)
+{
+    uint32_t hits = 0, misses = 0, outcome;
+    for (uint32_t i = threadIdx.x; i < count; i += THREADS) {
+        address[i] = resolve(a, list, index[i], &outcome);
+        hits += outcome == 1, misses += outcome == 2;
+    }
+    count_outcomes(a, hits, misses);
+}
+
+static __device__ void write_ends(const struct cuda_attend &a, const struct list_of &l, const struct span &span, uint32_t list,
+                                  uint32_t k)
 {
     uint64_t to = (uint64_t)list * cuda_rows_max(&a.policy);
-    uint32_t after = span.first + k, recent = span.visible - span.last;
+    uint32_t after = span.first + k, recent = span.visible - span.last, hits = 0, misses = 0, outcome;
     for (uint32_t i = threadIdx.x; i < span.first + recent; i += THREADS) {
         uint32_t at = i < span.first ? i : after + (i - span.first);
-        a.work.index[to + at] = i < span.first ? i : span.last + (i - span.first);
+        uint32_t token = i < span.first ? i : span.last + (i - span.first);
+        a.work.index[to + at] = token;
         a.work.scores[to + at] = 0;
+        a.work.address[to + at] = resolve(a, l, token, &outcome);
+        hits += outcome == 1, misses += outcome == 2;
     }
+    count_outcomes(a, hits, misses);
     if (threadIdx.x == 0)
         a.work.chosen[list] = after + recent;
 }
@@ -224,6 +246,7 @@ __global__ void __launch_bounds__(THREADS, 2) pick_kernel(const __grid_constant_
     __shared__ struct pick_shared m;
     uint32_t list = blockIdx.x / a.parts, part = blockIdx.x % a.parts, query = list / a.geom.kv_heads;
     struct span span = span_of(a, query);
+    struct list_of l = list_at(a, query, list % a.geom.kv_heads, span);
     wait_for_former();
     if (span.dense) {
         if (part == 0 && threadIdx.x == 0)
@@ -237,14 +260,17 @@ __global__ void __launch_bounds__(THREADS, 2) pick_kernel(const __grid_constant_
         k = m.k;
     }
     if (part == 0)
-        write_ends(a, span, list, k);
+        write_ends(a, l, span, list, k);
     if (!k)
         return;
     part_of(a, span, part, &begin, &end);
     struct share share = share_of(a.work.codes + list * codes_stride(a), begin * PKV_BLOCK_TOKENS, end * PKV_BLOCK_TOKENS);
     struct threshold t = find(a, &m, counts, part, k);
     uint64_t to = (uint64_t)list * cuda_rows_max(&a.policy) + span.first;
-    compact(&m, t, share, a.work.index + to, a.work.scores + to);
+    uint32_t written = compact(&m, t, share, a.work.index + to, a.work.scores + to);
+    __syncthreads();
+    to += t.before_greater + min(t.before_equal, t.ties);
+    look_up(a, l, a.work.index + to, a.work.address + to, written);
 }
 
 extern "C" int cuda_pick_preload(void)

@@ -72,20 +72,22 @@ static __device__ void weigh_mapped(const struct cuda_attend &a, struct query_sh
     const struct cuda_scheme &s = a.scheme;
     bool code = s.kind == PKV_SCHEME_CODE;
     uint64_t at = (uint64_t)a.layer * g.kv_heads + head, own = (uint64_t)a.layer * g.q_heads + head * pkv_geom_group(&g) + h;
-    const float *weight = code || s.q_own ? s.q_weight : s.k_weight, *bias = code || s.q_own ? s.q_bias : s.k_bias;
+    const struct cuda_map &from = code || s.q_own ? s.q[0] : s.k[0];
     uint64_t map = !code && s.q_own ? own : at;
     uint32_t out = code ? s.dims : g.sig_bits;
     float *values = m->real[h] + PKV_SIG_BITS_MAX;
-    apply_map(weight, bias, map, out, m->q[h], g.head_dim, values, lane);
+    apply_map(from.weight, from.bias, map, out, m->q[h], g.head_dim, values, lane);
     if (!code) {
         for (uint32_t b = lane; b < g.sig_bits; b += WARP)
             m->real[h][b] = s.q_signs ? (values[b] > 0 ? 1.0f : -1.0f) : values[b];
-    } else if (lane == 0) {
-        for (uint32_t i = 0, bit = 0; i < s.dims; i++) {
-            uint64_t dim = at * s.dims + i;
-            for (uint32_t p = 0; p < s.bits[dim]; p++)
-                m->real[h][bit++] = __fmul_rn(__fmul_rn(values[i], s.step[dim]), (float)(1u << p));
+    } else {
+        for (uint32_t i = lane, bit = 0; i < PKV_ALIGN_UP(s.dims, WARP); i += WARP) {
+            struct code_dim d = code_dim_of(s, at, i, lane, &bit);
+            float each = d.bits ? __fmul_rn(values[i], s.step[at * s.dims + i]) : 0.0f;
+            for (uint32_t p = 0; p < d.bits; p++)
+                m->real[h][d.first + p] = __fmul_rn(each, (float)(1u << p));
         }
+        __syncwarp();
     }
     if (lane == 0)
         m->unit[h] = code        ? __fmul_rn(__fmul_rn(s.unit, a.policy.scale), LOG2E)

@@ -85,4 +85,23 @@ static __device__ __forceinline__ void apply_map(const float *weight, const floa
     __syncwarp();
 }
 
+/* `code`: how many bits dimension i has and where they begin; a warp asks for 32 dimensions, in order. */
+struct code_dim {
+    uint32_t bits, first;
+};
+
+static __device__ __forceinline__ struct code_dim code_dim_of(const struct cuda_scheme &s, uint64_t at, uint32_t i,
+                                                              uint32_t lane, uint32_t *before)
+{
+    uint32_t own = i < s.dims ? s.bits[at * s.dims + i] : 0, sum = own;
+#pragma unroll
+    for (uint32_t d = 1; d < WARP; d *= 2) {
+        uint32_t other = __shfl_up_sync(ALL_LANES, sum, d);
+        sum += lane >= d ? other : 0;
+    }
+    struct code_dim r = {own, *before + sum - own};
+    *before += __shfl_sync(ALL_LANES, sum, WARP - 1);
+    return r;
+}
+
 #endif

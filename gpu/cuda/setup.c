@@ -5,15 +5,29 @@
 
 #define PART_TOKENS 2048u /* a part of fewer tokens costs more to start than to scan */
 
-uint32_t cuda_parts(uint32_t lists, uint32_t tokens_max, uint32_t processors)
+static uint32_t parts_of(uint32_t lists, uint32_t tokens_max, uint32_t processors)
 {
-    uint32_t parts = PKV_MAX(2 * processors / PKV_MAX(lists, 1u), 1u), most = PKV_DIV_UP(tokens_max, PART_TOKENS);
+    uint32_t parts = PKV_MAX(2 * processors / lists, 1u), most = PKV_DIV_UP(tokens_max, PART_TOKENS);
     return PKV_MIN(PKV_MIN(parts, PKV_MAX(most, 1u)), CUDA_PARTS_MAX);
 }
 
-uint32_t cuda_splits(uint32_t items, uint32_t processors)
+int cuda_grid(struct cuda_attend *a)
 {
-    return PKV_MIN(PKV_MAX(2 * processors / PKV_MAX(items, 1u), 1u), CUDA_SPLITS_MAX);
+    int device, processors;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+        return -PKV_ERR_SYSTEM;
+    uint32_t lists = PKV_MAX(a->queries * a->geom.kv_heads, 1u), items = lists * cuda_head_chunks(&a->geom);
+    a->parts = parts_of(lists, a->tokens_max, (uint32_t)processors);
+    a->splits = PKV_MIN(PKV_MAX(2 * (uint32_t)processors / items, 1u), CUDA_SPLITS_MAX);
+    a->team = 0;
+    return 0;
+}
+
+uint32_t cuda_cache_sets(const struct pkv_geom *geom, uint64_t caches, uint64_t bytes)
+{
+    uint64_t set = CUDA_WAYS * (sizeof(uint64_t) + pkv_geom_row_bytes(geom));
+    return (uint32_t)PKV_MIN(bytes / set / PKV_MAX(caches, 1u), UINT32_MAX / CUDA_WAYS);
 }
 
 /* Pieces one after the other; `base` 0 only counts. */
@@ -36,10 +50,13 @@ static uint64_t bind(const struct cuda_attend *a, uint64_t base, struct cuda_wor
     w->codes = piece(&at, lists * PKV_ALIGN_UP((uint64_t)a->tokens_max, PKV_BLOCK_TOKENS) * 2);
     w->counts = piece(&at, lists * a->parts * CUDA_COUNTS * 4);
     w->index = piece(&at, rows * 4);
+    w->address = piece(&at, rows * 8);
     w->chosen = piece(&at, lists * 4);
     w->scores = piece(&at, rows * 2);
     w->partial = piece(&at, items * a->splits * CUDA_PARTIAL(g->head_dim) * 4);
     w->arrived = piece(&at, items * 4);
+    w->words = piece(&at, lists * cuda_words(a) * 8);
+    w->gates = piece(&at, lists * CUDA_GATE * 4);
     return at - base;
 }
 
@@ -60,11 +77,6 @@ struct copy {
     uint64_t bytes;
     const void **to;
 };
-
-static uint64_t map_bytes(const struct scheme_map *m, uint64_t heads, bool bias)
-{
-    return heads * m->out * (bias ? 1ull : m->in) * sizeof(float);
-}
 
 static int upload(const struct copy *copies, uint32_t count, void **ret_memory)
 {
@@ -88,32 +100,56 @@ static int upload(const struct copy *copies, uint32_t count, void **ret_memory)
     return 0;
 }
 
+struct copies {
+    struct copy at[10 + 4 * CUDA_STAGES];
+    uint32_t count;
+};
+
+static void add(struct copies *c, const void *from, uint64_t bytes, const void *to)
+{
+    c->at[c->count++] = (struct copy){from, bytes, (const void **)(uintptr_t)to};
+}
+
+static void add_maps(struct copies *c, const struct scheme_map *from, uint32_t stages, uint64_t heads, struct cuda_map *to)
+{
+    for (uint32_t i = 0; i < stages; i++) {
+        to[i].out = from[i].out, to[i].in = from[i].in;
+        add(c, from[i].weight, heads * from[i].out * from[i].in * sizeof(float), &to[i].weight);
+        add(c, from[i].bias, heads * from[i].out * sizeof(float), &to[i].bias);
+    }
+}
+
 int cuda_scheme_upload(const struct gpu_scheme *s, struct cuda_scheme *ret, void **ret_memory)
 {
+    static_assert(CUDA_STAGES == SCHEME_STAGES_MAX, "one limit");
     const struct pkv_geom *g = &s->geom;
-    uint64_t heads = (uint64_t)g->layers * g->kv_heads, q_heads = (uint64_t)g->layers * g->q_heads;
-    uint64_t own = s->kind == PKV_SCHEME_LINEAR && s->q_stages ? q_heads : heads, dims = heads * s->dims;
-    if (s->kind == PKV_SCHEME_HASH)
-        return -PKV_ERR_UNSUPPORTED;
+    uint64_t heads = (uint64_t)g->layers * g->kv_heads, q_heads = (uint64_t)g->layers * g->q_heads, dims = heads * s->dims;
+    bool hash = s->kind == PKV_SCHEME_HASH, own = hash || (s->kind == PKV_SCHEME_LINEAR && s->q_stages);
+    bool mapped = s->k[0].weight;
     *ret = (struct cuda_scheme){.kind = s->kind,
                                 .bases = s->bases,
                                 .dims = s->dims,
                                 .q_signs = s->q_signs,
-                                .q_own = s->kind == PKV_SCHEME_LINEAR && s->q_stages,
-                                .unit = s->unit};
-    struct copy copies[] = {
-        {s->signs, 2ull * s->bases * g->head_dim * sizeof(float), (const void **)&ret->signs},
-        {s->mean, heads * g->head_dim * sizeof(float), (const void **)&ret->mean},
-        {s->deviation, heads * g->sig_bits * sizeof(float), (const void **)&ret->deviation},
-        {s->k[0].weight, map_bytes(&s->k[0], heads, false), (const void **)&ret->k_weight},
-        {s->k[0].bias, map_bytes(&s->k[0], heads, true), (const void **)&ret->k_bias},
-        {s->q[0].weight, map_bytes(&s->q[0], own, false), (const void **)&ret->q_weight},
-        {s->q[0].bias, map_bytes(&s->q[0], own, true), (const void **)&ret->q_bias},
-        {s->low, dims * sizeof(float), (const void **)&ret->low},
-        {s->step, dims * sizeof(float), (const void **)&ret->step},
-        {s->bits, dims, (const void **)&ret->bits},
-    };
-    return upload(copies, PKV_ARRAY_LEN(copies), ret_memory);
+                                .q_own = own,
+                                .unit = s->unit,
+                                .k_stages = mapped ? s->k_stages : 0,
+                                .q_stages = s->q_stages};
+    struct copies c = {.count = 0};
+    add(&c, s->signs, 2ull * s->bases * g->head_dim * sizeof(float), &ret->signs);
+    add(&c, s->mean, heads * g->head_dim * sizeof(float), &ret->mean);
+    add(&c, s->deviation, heads * g->sig_bits * sizeof(float), &ret->deviation);
+    add(&c, s->low, dims * sizeof(float), &ret->low);
+    add(&c, s->step, dims * sizeof(float), &ret->step);
+    add(&c, s->bits, dims, &ret->bits);
+    add_maps(&c, s->k, mapped ? PKV_MAX(s->k_stages, 1u) : 0, hash ? q_heads : heads, ret->k);
+    add_maps(&c, s->q, s->q[0].weight ? PKV_MAX(s->q_stages, 1u) : 0, own ? q_heads : heads, ret->q);
+    return upload(c.at, c.count, ret_memory);
+}
+
+uint32_t cuda_scheme_kind(const struct gpu_scheme *s, uint32_t layer)
+{
+    bool signs_yet = s->verbs == &scheme_learn_verbs && s->learnt[layer] != SCHEME_SOLVED;
+    return signs_yet ? PKV_SCHEME_SIGN : s->kind;
 }
 
 void cuda_scheme_free(void *memory)

@@ -154,8 +154,7 @@ static void layer_open(struct bench *b, uint32_t l)
                                 .q = b->q,
                                 .queries = b->batch,
                                 .tokens_max = b->tokens};
-    y->a.parts = cuda_parts(b->batch * 8, b->tokens, b->processors);
-    y->a.splits = cuda_splits(b->batch * 8, b->processors);
+    MUST(cuda_grid(&y->a) == 0);
     free(refs), free(seqs);
 }
 

@@ -4,6 +4,7 @@
  *   scan             codes equal gpu/code.h's but for one step, where the exponential's rounding decides
  *   pick             exactly the k best of the device's own codes, ties to the lower index
  *   attend, gather   exact attention in double precision over the device's list; rows byte for byte
+ *   cache            rows that a second call finds in the row cache are the arena's, and the counters say how many
  *   graph            a captured call, replayed while its sequences grow over block borders, equals a fresh call
  * usage: check_cuda [SEED [CASES]] */
 #include "tests/kernels/device.h"
@@ -23,6 +24,7 @@ struct on_device {
     struct cuda_seq *seqs;
     struct cuda_query *queries;
     void *q, *work, *scheme_memory;
+    uint64_t entries; /* bytes */
     struct cuda_attend a;
 };
 
@@ -76,6 +78,22 @@ static void host_fill(struct gpu *gpu, struct gpu_scheme *scheme, struct world *
     MUST(gpu_append(gpu, &a) == 0 && gpu_sign(gpu, &s) == 0);
 }
 
+/* From one set, where nearly everything is pushed out, to more than all rows need. */
+static void cache_open(const struct world *w, struct on_device *d)
+{
+    uint32_t sets = below(4) ? 1 + below(w->tokens) : 0;
+    uint64_t ways = 2ull * w->g.kv_heads * sets * CUDA_WAYS;
+    if (!sets)
+        return;
+    d->entries = ways * 8;
+    d->a.cache = (struct cuda_cache){.entries = device_take(d->entries),
+                                     .rows = device_take(ways * pkv_geom_row_bytes(&w->g)),
+                                     .counters = device_take(CUDA_COUNTERS * 8),
+                                     .sets = sets};
+    CUDA(cudaMemset(d->a.cache.entries, 0, d->entries));
+    CUDA(cudaMemset(d->a.cache.counters, 0, CUDA_COUNTERS * 8));
+}
+
 /* Query i of the world sees what it sees on the host; a second sequence, shorter, shares the blocks. */
 static void device_open(const struct world *w, const struct gpu_scheme *scheme, struct on_device *d)
 {
@@ -117,9 +135,8 @@ static void device_open(const struct world *w, const struct gpu_scheme *scheme, 
                                 .layer = 1,
                                 .queries = w->queries + 1,
                                 .tokens_max = w->tokens};
-    uint32_t lists = d->a.queries * w->g.kv_heads;
-    d->a.parts = 1 + below(cuda_parts(lists, 4096 * 64, device_processors()));
-    d->a.splits = 1 + below(16);
+    MUST(cuda_grid(&d->a) == 0);
+    d->a.parts = 1 + below(33), d->a.splits = 1 + below(16);
     MUST(cuda_scheme_upload(scheme, &d->a.scheme, &d->scheme_memory) == 0);
     uint64_t heads = (uint64_t)d->a.queries * w->g.q_heads, bytes = cuda_work_bytes(&d->a);
     d->work = device_take(bytes);
@@ -127,10 +144,14 @@ static void device_open(const struct world *w, const struct gpu_scheme *scheme, 
     cuda_work_bind(&d->a, d->work);
     d->a.out = device_take(heads * w->g.head_dim * 4), d->a.lse = device_take(heads * 4);
     CUDA(cudaMemset(d->a.out, 0xff, heads * w->g.head_dim * 4));
+    cache_open(w, d);
 }
 
 static void device_close(struct on_device *d)
 {
+    CUDA(cudaFree(d->a.cache.entries));
+    CUDA(cudaFree(d->a.cache.rows));
+    CUDA(cudaFree(d->a.cache.counters));
     CUDA(cudaFreeHost(d->arena));
     void *all[] = {d->pool, d->signatures, d->bases, d->refs, d->seqs, d->queries, d->q, d->work, d->a.out, d->a.lse};
     for (size_t i = 0; i < PKV_ARRAY_LEN(all); i++)
@@ -404,6 +425,39 @@ static void check_gather(const struct world *w, const struct on_device *d)
     free(got), free(index), free(chosen);
 }
 
+/* Chosen rows that lie in the arena, of the queries that use the cache. */
+static uint64_t arena_rows(const struct world *w, const struct on_device *d)
+{
+    uint64_t lists = (uint64_t)d->a.queries * w->g.kv_heads, rows = cuda_rows_max(&d->a.policy), count = 0;
+    uint32_t *index = host_copy(d->a.work.index, lists * rows * 4), *chosen = host_copy(d->a.work.chosen, lists * 4);
+    for (uint64_t list = (w->queries - 1) * w->g.kv_heads; list < lists; list++)
+        for (uint32_t i = 0; i < chosen[list]; i++)
+            count += index[list * rows + i] / 64 % 2;
+    free(index), free(chosen);
+    return count;
+}
+
+/* Twice the same call: what the first one fetched is found by the second. */
+static void check_cache(const struct world *w, struct on_device *d)
+{
+    if (!d->entries)
+        return;
+    uint64_t *found[2], rows = 0, ways = (uint64_t)d->a.cache.sets * CUDA_WAYS;
+    CUDA(cudaMemset(d->a.cache.entries, 0, d->entries));
+    for (int i = 0; i < 2; i++) {
+        CUDA(cudaMemset(d->a.cache.counters, 0, CUDA_COUNTERS * 8));
+        check_attend(w, d, false);
+        check_gather(w, d);
+        found[i] = host_copy(d->a.cache.counters, CUDA_COUNTERS * 8), rows = arena_rows(w, d);
+        MUST(found[i][CUDA_HITS] + found[i][CUDA_MISSES] == rows);
+    }
+    uint64_t hits = found[1][CUDA_HITS];
+    MUST(found[0][CUDA_HITS] == 0 && hits <= 2 * w->g.kv_heads * ways && (hits || !rows));
+    if (ways > 8ull * cuda_rows_max(&d->a.policy))
+        MUST(hits >= rows * 9 / 10);
+    free(found[0]), free(found[1]);
+}
+
 /* The class of bug where a graph replays yesterday's table or length. */
 static void check_graph(const struct world *w, struct on_device *d)
 {
@@ -465,6 +519,7 @@ static void check_case(struct gpu *gpu)
     check_query(gpu, scheme, &w, &d);
     check_weighed(&w, &d);
     check_gather(&w, &d);
+    check_cache(&w, &d);
     check_attend(&w, &d, true);
     check_graph(&w, &d);
     device_close(&d);
