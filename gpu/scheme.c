@@ -14,8 +14,8 @@ int gpu_scheme_open(uint32_t kind, const struct pkv_geom *geom, const char *path
         e = pkv_check_scheme(kind, geom);
     if (e != PKV_ERR_OK)
         return -(int)e;
-    /* `sign` takes no weights; `code` has them in a file or learns them; the others need a file. */
-    if (path ? kind == PKV_SCHEME_SIGN : kind != PKV_SCHEME_SIGN && kind != PKV_SCHEME_CODE)
+    /* `sign` and `code` have their weights in a file or learn them; the others need a file. */
+    if (!path && kind != PKV_SCHEME_SIGN && kind != PKV_SCHEME_CODE)
         return -PKV_ERR_UNSUPPORTED;
     struct gpu_scheme *s = calloc(1, sizeof(*s));
     if (!s)

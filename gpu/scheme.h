@@ -76,7 +76,7 @@ bool scheme_learn_observe(struct gpu_scheme *scheme, const struct gpu_observatio
 void scheme_moments_free(struct gpu_scheme *scheme);
 /* scheme_solve.c: a layer's maps, levels and bits from its moments. */
 int scheme_solve_layer(struct gpu_scheme *scheme, uint32_t layer);
-/* scheme_file.c: linear, hash, code. */
+/* scheme_file.c: all of them. */
 int scheme_file_open(struct gpu_scheme *scheme, const char *path, uint8_t ret_digest[PKV_DIGEST_BYTES]);
 
 #endif

@@ -1,4 +1,5 @@
 /* Schemes whose weights come from a safetensors file (docs/signatures.md has the tensors):
+ *   sign    the mean and the channels' magnitudes that it would learn else (scheme_sign.c)
  *   linear  bits = signs of one learned projection per kv head; weights = the projected query, or its signs
  *   hash    bits = signs of an MLP per q head, a group's slices side by side; weights = +-1 on the head's own slice
  *           (HashAttention, arXiv 2412.14468)
@@ -119,6 +120,21 @@ static int load_code(struct gpu_scheme *s, const struct safetensors *st)
     for (uint64_t i = 0; !r && i < shape[0] * shape[1] * dims; i++)
         r = s->step[i] > 0 ? 0 : -PKV_ERR_FILE_FIT;
     return r ? r : load_mean(s, st);
+}
+
+/* Without a state: there is nothing left to learn. */
+static int load_sign(struct gpu_scheme *s, const struct safetensors *st)
+{
+    const struct pkv_geom *g = &s->geom;
+    uint64_t shape[] = {g->layers, g->kv_heads, g->sig_bits};
+    int r = scheme_sign_open(s);
+    free(s->mean), free(s->deviation), free(s->learnt);
+    s->mean = s->deviation = NULL, s->learnt = NULL;
+    r = r ? r : safetensors_floats(st, "k.deviation", shape, 3, &s->deviation);
+    r = r ? r : safetensors_has(st, "k.mean") ? load_mean(s, st) : -PKV_ERR_FILE_FIT;
+    for (uint64_t i = 0; !r && i < shape[0] * shape[1] * shape[2]; i++)
+        r = s->deviation[i] >= 0 ? 0 : -PKV_ERR_FILE_FIT;
+    return r;
 }
 
 /* ---- using ---- */
@@ -270,14 +286,49 @@ static int load_unit(struct gpu_scheme *s, const struct safetensors *st)
     return *end || !isfinite(s->unit) || s->unit <= 0 ? -PKV_ERR_FILE_FIT : 0;
 }
 
+/* What a file says of itself in its metadata, where it does, is what the model says: a file for another model of the same
+ * shapes is refused too. */
+static int check_meta(const struct gpu_scheme *s, const struct safetensors *st)
+{
+    static const char *const schemes[] = {"sign", "code", "linear", "hash"}; /* by enum pkv_scheme */
+    const struct pkv_geom *g = &s->geom;
+    const struct {
+        const char *key;
+        uint32_t want;
+        int error;
+    } numbers[] = {{"layers", g->layers, PKV_ERR_FILE_GEOMETRY},
+                   {"q_heads", g->q_heads, PKV_ERR_FILE_GEOMETRY},
+                   {"kv_heads", g->kv_heads, PKV_ERR_FILE_GEOMETRY},
+                   {"head_dim", g->head_dim, PKV_ERR_FILE_GEOMETRY},
+                   {"bits", g->sig_bits, PKV_ERR_FILE_BITS}};
+    const char *scheme = safetensors_meta(st, "scheme");
+    if (scheme && strcmp(scheme, schemes[s->kind]))
+        return -PKV_ERR_FILE_SCHEME;
+    for (uint32_t i = 0; i < PKV_ARRAY_LEN(numbers); i++) {
+        const char *text = safetensors_meta(st, numbers[i].key);
+        char *end = NULL;
+        if (text && (strtoul(text, &end, 10) != numbers[i].want || *end))
+            return -numbers[i].error;
+    }
+    return 0;
+}
+
 int scheme_file_open(struct gpu_scheme *s, const char *path, uint8_t ret_digest[PKV_DIGEST_BYTES])
 {
+    static const struct {
+        const struct scheme_verbs *verbs;
+        int (*load)(struct gpu_scheme *s, const struct safetensors *st);
+    } kinds[] = {[PKV_SCHEME_SIGN] = {&scheme_sign_verbs, load_sign},
+                 [PKV_SCHEME_CODE] = {&scheme_code_verbs, load_code},
+                 [PKV_SCHEME_LINEAR] = {&linear, load_linear},
+                 [PKV_SCHEME_HASH] = {&hash, load_hash}};
     struct safetensors st;
     int r = safetensors_open(path, &st, ret_digest);
     if (r)
         return r;
-    s->verbs = s->kind == PKV_SCHEME_LINEAR ? &linear : s->kind == PKV_SCHEME_HASH ? &hash : &scheme_code_verbs;
-    r = s->kind == PKV_SCHEME_LINEAR ? load_linear(s, &st) : s->kind == PKV_SCHEME_HASH ? load_hash(s, &st) : load_code(s, &st);
+    s->verbs = kinds[s->kind].verbs;
+    r = check_meta(s, &st);
+    r = r ? r : kinds[s->kind].load(s, &st);
     r = r ? r : load_unit(s, &st);
     safetensors_close(&st);
     return r;

@@ -51,7 +51,10 @@
     X(TENANT, EPERM, "the object belongs to another tenant")                                                                 \
     X(CHECKSUM, EBADMSG, "a block failed its checksum: its memory is damaged; nothing of it was served")                     \
     X(FILE_FORMAT, EBADMSG, "the weights file is damaged or not safetensors: make it again")                                 \
-    X(FILE_FIT, EMEDIUMTYPE, "the weights file does not fit this model: wrong scheme, geometry or bits")                     \
+    X(FILE_FIT, EMEDIUMTYPE, "the weights file lacks a tensor of this scheme, or has one of another shape for this model")   \
+    X(FILE_SCHEME, EMEDIUMTYPE, "the weights file is for another signature scheme: open the model with that one")            \
+    X(FILE_GEOMETRY, EMEDIUMTYPE, "the weights file is for a model with other layers, heads or head_dim: make one for this") \
+    X(FILE_BITS, EMEDIUMTYPE, "the weights file makes signatures of another size: open the model with the file's bits")      \
     X(FILE_OPEN, ENOENT, "the weights file cannot be opened: check the path and its permissions")                            \
     X(UNSUPPORTED, EOPNOTSUPP, "this build or backend cannot do that")                                                       \
     X(SERVED_ONLY, EOPNOTSUPP, "the call needs the pool mapped: connect without PKV_CONNECT_SERVED")                         \

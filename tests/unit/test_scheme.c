@@ -1,5 +1,5 @@
 /* Schemes with weights from a file, against their definitions in double precision. */
-#include "gpu/gpu.h"
+#include "gpu/scheme.h"
 #include "tests/lib/tensors.h"
 #include "tests/lib/test.h"
 #include "tests/lib/text.h"
@@ -26,19 +26,10 @@ static uint32_t bit(const struct signed_block *b, uint32_t head, uint32_t token,
     return b->words[pkv_geom_sig_index(&geom, head, token, n / 32)] >> n % 32 & 1;
 }
 
-/* Opens the scheme from the file (which goes), signs 64 tokens of layer 1 and weighs one query. */
-static int use(uint32_t kind, char *path, const float *k, const float *q, struct signed_block *b)
+/* Signs 64 tokens of layer 1 and weighs one query. */
+static void use_open(const struct gpu_scheme *scheme, const float *k, const float *q, struct signed_block *b)
 {
     struct gpu *gpu = NULL;
-    struct gpu_scheme *scheme = NULL;
-    uint8_t digest[PKV_DIGEST_BYTES];
-    int r = gpu_scheme_open(kind, &geom, path, &scheme, digest);
-    unlink(path), free(path);
-    if (r)
-        return r;
-    assert_true(gpu_scheme_settled(scheme));
-    assert_false(
-        gpu_scheme_observe(scheme, &(struct gpu_observation){.layer = 1, .tokens = TOKENS, .context = TOKENS, .k = k}));
     assert_int_equal(gpu_open(&(struct gpu_options){.threads = 1}, &gpu), 0);
     uint64_t bases[2] = {(uint64_t)(uintptr_t)b->rows, (uint64_t)(uintptr_t)b->words};
     struct pkv_block_ref ref = {pkv_place(PKV_TIER_POOL, 0, 0, 1), pkv_place(PKV_TIER_POOL, 1, 0, 1)};
@@ -50,8 +41,23 @@ static int use(uint32_t kind, char *path, const float *k, const float *q, struct
     assert_int_equal(gpu_append(gpu, &append), 0);
     assert_int_equal(gpu_sign(gpu, &sign), 0);
     assert_int_equal(gpu_weights(gpu, &weigh), 0);
-    gpu_scheme_close(scheme);
     gpu_close(gpu);
+}
+
+/* Opens the scheme from the file (which goes) and uses it. */
+static int use(uint32_t kind, char *path, const float *k, const float *q, struct signed_block *b)
+{
+    struct gpu_scheme *scheme = NULL;
+    uint8_t digest[PKV_DIGEST_BYTES];
+    int r = gpu_scheme_open(kind, &geom, path, &scheme, digest);
+    unlink(path), free(path);
+    if (r)
+        return r;
+    assert_true(gpu_scheme_settled(scheme));
+    assert_false(
+        gpu_scheme_observe(scheme, &(struct gpu_observation){.layer = 1, .tokens = TOKENS, .context = TOKENS, .k = k}));
+    use_open(scheme, k, q, b);
+    gpu_scheme_close(scheme);
     return 0;
 }
 
@@ -211,23 +217,78 @@ static void test_refusals(void **state)
     float w[4] = {0};
     struct test_tensor small = {"k.weight", 4, {1, 1, 2, 2}, w};
     assert_int_equal(gpu_scheme_open(PKV_SCHEME_LINEAR, &geom, NULL, &scheme, digest), -PKV_ERR_UNSUPPORTED);
-    assert_int_equal(gpu_scheme_open(PKV_SCHEME_SIGN, &geom, "/tmp/x", &scheme, digest), -PKV_ERR_UNSUPPORTED);
     assert_int_equal(gpu_scheme_open(PKV_SCHEME_HASH, &geom, "/nonexistent", &scheme, digest), -PKV_ERR_FILE_OPEN);
     assert_int_equal(gpu_scheme_open(99, &geom, NULL, &scheme, digest), -PKV_ERR_SCHEME);
-    for (uint32_t kind = PKV_SCHEME_CODE; kind <= PKV_SCHEME_HASH; kind++) {
+    for (uint32_t kind = PKV_SCHEME_SIGN; kind <= PKV_SCHEME_HASH; kind++) {
         char *path = test_tensors("\"unit\":\"-1\"", &small, 1);
         assert_int_equal(gpu_scheme_open(kind, &geom, path, &scheme, digest), -PKV_ERR_FILE_FIT);
         unlink(path), free(path);
     }
 }
 
+/* `sign` from a file does what the same numbers do when they are learnt. */
+static void test_sign(void **state)
+{
+    (void)state;
+    static struct signed_block learnt;
+    float *k = test_floats(12, 200 * KV * DIM), *q = test_floats(13, Q * DIM);
+    struct gpu_scheme *s = NULL;
+    uint8_t digest[PKV_DIGEST_BYTES];
+    assert_int_equal(gpu_scheme_open(PKV_SCHEME_SIGN, &geom, NULL, &s, digest), 0);
+    for (uint32_t l = 0; l < LAYERS; l++) {
+        struct gpu_observation o = {.layer = l, .tokens = 200, .context = 200, .k = k};
+        assert_true(gpu_scheme_observe(s, &o));
+    }
+    struct test_tensor tensors[] = {{"k.mean", 3, {LAYERS, KV, DIM}, s->mean},
+                                    {"k.deviation", 3, {LAYERS, KV, BITS}, s->deviation}};
+    use_open(s, k, q, &learnt);
+    assert_int_equal(use(PKV_SCHEME_SIGN, test_tensors(NULL, tensors, 2), k, q, &block), 0);
+    assert_memory_equal(block.words, learnt.words, sizeof(block.words));
+    assert_memory_equal(block.weights, learnt.weights, sizeof(block.weights));
+    assert_memory_equal(block.scales, learnt.scales, sizeof(block.scales));
+    tensors[0].name = "mean";
+    assert_int_equal(use(PKV_SCHEME_SIGN, test_tensors(NULL, tensors, 2), k, q, &block), -PKV_ERR_FILE_FIT);
+    tensors[0].name = "k.mean", s->deviation[7] = -1;
+    assert_int_equal(use(PKV_SCHEME_SIGN, test_tensors(NULL, tensors, 2), k, q, &block), -PKV_ERR_FILE_FIT);
+    gpu_scheme_close(s);
+    free(k), free(q);
+}
+
+/* What a file says of itself must be what the model says; each disagreement has its sentence. */
+static void test_metadata(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *meta, *sentence;
+        int result;
+    } cases[] = {
+        {"\"scheme\":\"linear\",\"layers\":\"2\",\"q_heads\":\"4\",\"kv_heads\":\"2\",\"head_dim\":\"64\",\"bits\":\"64\"",
+         "no error", 0},
+        {"\"scheme\":\"hash\"", "another signature scheme", -PKV_ERR_FILE_SCHEME},
+        {"\"scheme\":\"\"", "another signature scheme", -PKV_ERR_FILE_SCHEME},
+        {"\"layers\":\"3\"", "other layers", -PKV_ERR_FILE_GEOMETRY},
+        {"\"q_heads\":\"8\"", "heads", -PKV_ERR_FILE_GEOMETRY},
+        {"\"kv_heads\":\"4\"", "heads", -PKV_ERR_FILE_GEOMETRY},
+        {"\"head_dim\":\"128\"", "head_dim", -PKV_ERR_FILE_GEOMETRY},
+        {"\"head_dim\":\"64x\"", "head_dim", -PKV_ERR_FILE_GEOMETRY},
+        {"\"bits\":\"128\"", "another size", -PKV_ERR_FILE_BITS},
+        {"\"query\":\"both\"", "lacks a tensor", -PKV_ERR_FILE_FIT},
+        {"\"unit\":\"x\"", "lacks a tensor", -PKV_ERR_FILE_FIT}};
+    float *w = test_floats(14, LAYERS * KV * BITS * DIM), *k = test_floats(15, TOKENS * KV * DIM);
+    struct test_tensor tensor = {"k.weight", 4, {LAYERS, KV, BITS, DIM}, w};
+    for (uint32_t i = 0; i < PKV_ARRAY_LEN(cases); i++) {
+        int r = use(PKV_SCHEME_LINEAR, test_tensors(cases[i].meta, &tensor, 1), k, k, &block);
+        assert_int_equal(r, cases[i].result);
+        assert_non_null(strstr(pkv_err_text((uint32_t)-r), cases[i].sentence));
+    }
+    free(w), free(k);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_linear),
-        cmocka_unit_test(test_hash),
-        cmocka_unit_test(test_code),
-        cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_linear), cmocka_unit_test(test_hash),     cmocka_unit_test(test_code),
+        cmocka_unit_test(test_sign),   cmocka_unit_test(test_metadata), cmocka_unit_test(test_refusals),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
