@@ -43,6 +43,7 @@ class Wish:
     k: int
     sinks: int = 128
     recent: int = 128
+    rule: str = "softmax"  # or "sum", "max" of the integer scores
 
 
 def select(scores: np.ndarray, units: np.ndarray, exact: np.ndarray, wish: Wish) -> np.ndarray:
@@ -50,16 +51,37 @@ def select(scores: np.ndarray, units: np.ndarray, exact: np.ndarray, wish: Wish)
     visible = exact.shape[1]
     first = min(wish.sinks, visible)
     last = visible - min(wish.recent, visible - first)
-    near = np.r_[0:first, last:visible]
-    fitted = slice(last, visible) if last < visible else slice(0, first)
-    peak = exact[:, near].max(axis=1) if len(near) else np.zeros(len(exact))
-    biases = np.zeros(len(exact))
-    if len(near):
-        shift = (exact[:, fitted] - units[:, None] * scores[:, fitted]).mean(axis=1)
-        biases = shift - (peak + np.log2(np.exp2(exact[:, near] - peak[:, None]).sum(axis=1)))
-    codes = softmax_codes(scores[:, first:last], units, biases.astype(np.float32))
+    if wish.rule == "softmax":
+        codes = softmax_codes(scores[:, first:last], units, _biases(scores, units, exact, first, last))
+    else:
+        codes = scores[:, first:last].sum(axis=0) if wish.rule == "sum" else scores[:, first:last].max(axis=0)
     order = np.argsort(-codes, kind="stable")[: wish.k]  # ties to the lower index
     return np.r_[0:first, np.sort(order) + first, last:visible]
+
+
+def _biases(scores: np.ndarray, units: np.ndarray, exact: np.ndarray, first: int, last: int) -> np.ndarray:
+    """Of each head, log2: minus the log-sum-exp over sinks and recent, plus how far its estimates are off over the recent."""
+    visible = exact.shape[1]
+    near = np.r_[0:first, last:visible]
+    fitted = slice(last, visible) if last < visible else slice(0, first)
+    if not len(near):
+        return np.zeros(len(exact), np.float32)
+    peak = exact[:, near].max(axis=1)
+    shift = (exact[:, fitted] - units[:, None] * scores[:, fitted]).mean(axis=1)
+    return (shift - (peak + np.log2(np.exp2(exact[:, near] - peak[:, None]).sum(axis=1)))).astype(np.float32)
+
+
+def choose(scheme: Scheme, layer: int, head: int, queries: np.ndarray, keys: np.ndarray, wish: Wish,
+           scale: float | None = None) -> np.ndarray:
+    """What one token's queries [q_heads, head_dim] attend of keys [visible, head_dim] of one kv head."""
+    g = scheme.geometry
+    scale = scale or g.head_dim ** -0.5
+    group = range(head * g.group, (head + 1) * g.group)
+    bits = scheme.sign(layer, head, keys).astype(np.float32)
+    weighed = [scheme.weigh(layer, h, queries[h: h + 1], scale) for h in group]
+    scores = np.concatenate([w.astype(np.float32) @ bits.T for w, _ in weighed])
+    exact = queries[list(group)] @ keys.T * (np.float32(scale) * LOG2E)
+    return select(scores, np.concatenate([u for _, u in weighed]), exact, wish)
 
 
 def cost(exact: np.ndarray, values: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -89,7 +111,8 @@ def positions_of(recording: Recording, every: int = 16, begin: int | None = None
 
 
 def run(recording: Recording, scheme: Scheme | None, budgets: Iterable[int], positions: Iterable[int], *, sinks: int = 128,
-        recent: int = 128, scale: float | None = None, progress: Callable[[int], None] = lambda done: None) -> list[Point]:
+        recent: int = 128, scale: float | None = None, rule: str = "softmax",
+        progress: Callable[[int], None] = lambda done: None) -> list[Point]:
     """`scheme` None: exact scores, the best that any signature can do under the same rule."""
     g, budgets, positions = recording.geometry, list(budgets), list(positions)
     scale = scale or g.head_dim ** -0.5
@@ -109,7 +132,7 @@ def run(recording: Recording, scheme: Scheme | None, budgets: Iterable[int], pos
             for n, position in enumerate(positions):
                 see = slice(0, position + 1)
                 for budget in budgets:
-                    chosen = select(scores[:, n, see], units[:, n], log2[:, n, see], Wish(budget, sinks, recent))
+                    chosen = select(scores[:, n, see], units[:, n], log2[:, n, see], Wish(budget, sinks, recent, rule))
                     found[budget].append(cost(log2[:, n, see], v[see, head], chosen))
             progress(i * g.kv_heads + head + 1)
     points = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Iterable
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from .recording import Geometry
 from .tensors import FormatError
 
 KINDS = ("sign", "code", "linear", "hash")
-STAGES_MAX = 4
+STAGES_MAX, WIDTH_STEP, WIDTH_MAX = 4, 16, 1024  # of the MLPs of `hash`
 LOG2E = np.float32(1.44269504)
 
 
@@ -23,6 +23,13 @@ def meta(kind: str, geometry: Geometry, bits: int, more: dict[str, str]) -> dict
     """The metadata of a scheme file; no dates, no paths."""
     return {"scheme": kind, "layers": str(geometry.layers), "q_heads": str(geometry.q_heads),
             "kv_heads": str(geometry.kv_heads), "head_dim": str(geometry.head_dim), "bits": str(bits), **more}
+
+
+def check_widths(widths: Iterable[int]) -> None:
+    """Of hidden layers: what the C library computes with."""
+    for width in widths:
+        if width % WIDTH_STEP or not WIDTH_STEP <= width <= WIDTH_MAX:
+            raise ValueError(f"hidden layers of {width}: the service takes multiples of {WIDTH_STEP} up to {WIDTH_MAX}")
 
 
 def to_int8(weights: np.ndarray, plain: bool) -> tuple[np.ndarray, np.ndarray]:
