@@ -14,7 +14,7 @@ import numpy as np
 
 from . import unpickle
 from .recording import Geometry
-from .schemes import STAGES_MAX, meta
+from .schemes import STAGES_MAX, check_widths, meta
 from .tensors import FormatError
 
 Stages = list[tuple[np.ndarray, np.ndarray]]  # weight [heads, out, in], bias [heads, out]
@@ -91,6 +91,7 @@ def convert(path: str | os.PathLike, kv_heads: int,
     if total % 32 or not 32 <= total <= 256:
         raise ValueError(f"{bits} bits for each of {q_heads // kv_heads} q heads are {total} bits a kv head: the service takes "
                          "32 to 256, in steps of 32")
+    check_widths(weight.shape[1] for weight, _ in layers[0]["k"][:-1] + layers[0]["q"][:-1])
     arrays = {}
     for side in "qk":
         for i in range(stages):

@@ -25,7 +25,7 @@ from . import tensors
 from .hash_unit import Options, Text, Unit, least_tokens, train
 from .mlp import MLP
 from .recording import Recording, load_all
-from .schemes import meta
+from .schemes import STAGES_MAX, check_widths, meta
 
 _BLAS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -45,6 +45,9 @@ class Plan:
         if short:
             raise ValueError(f"{short[0].path} has {short[0].tokens} tokens; training needs {least_tokens(self.options)}")
         g, bits = found[0].geometry, self.bits(found[0])
+        check_widths(self.options.hidden)
+        if len(self.options.hidden) >= STAGES_MAX:
+            raise ValueError(f"{len(self.options.hidden)} hidden layers: at most {STAGES_MAX - 1}")
         if bits % 32 or not 32 <= bits <= 256:
             raise ValueError(f"{bits} bits a token and kv head, which {g.group} q heads share: the service takes 32 to 256, in "
                              "steps of 32")

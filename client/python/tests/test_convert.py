@@ -1,8 +1,8 @@
 """The released layouts of HashAttention, and pickles that try something else.
 
 tests/data was written by torch 2.13: pickle.dump and torch.save (new and legacy) of weights for 2 layers, 4 q heads, MLPs
-64-8-8-16, in bfloat16 (.pkl) and float16; the numbers of a tensor are ((37 i + 11 seed) mod 101 - 50) / 64 over its elements i
-as [heads, in, out], seed = 100 layer + 10 side (query 0, key 1) + stage, 5 more for biases."""
+64-16-16-16, in bfloat16 (.pkl) and float16; the numbers of a tensor are ((37 i + 11 seed) mod 101 - 50) / 64 over its elements
+i as [heads, in, out], seed = 100 layer + 10 side (query 0, key 1) + stage, 5 more for biases."""
 import io
 import os
 import pathlib
@@ -20,7 +20,7 @@ from pivotkv.tensors import FormatError
 
 DATA = pathlib.Path(__file__).with_name("data")
 FILES = ("tiny.hat_weights.pkl", "tiny.pt", "tiny-legacy.pt")
-LAYERS, Q, WIDTHS = 2, 4, (64, 8, 8, 16)
+LAYERS, Q, WIDTHS = 2, 4, (64, 16, 16, 16)
 
 
 def number(seed, *shape):

@@ -151,6 +151,7 @@ class TrainTest(unittest.TestCase):
                                             "model_digest", "tokens")],
                          ["hash", "2", "4", "2", "64", "32", "toy", "noise", "d1g", "600"])
         for more, code, word in ((("--seed", "9"), 1, "another training"), (("--bits", "17"), 1, "32 to 256"),
+                                 (("--hidden", "24"), 1, "multiples of 16"), (("--hidden", "16,16,16,16"), 1, "at most 3"),
                                  (("--steps", "0"), 2, "above zero"), (("--chunk", "700"), 1, "training needs")):
             failed = run(*more)
             self.assertEqual(failed.returncode, code, failed.stderr)
