@@ -191,6 +191,13 @@ struct gpu_observation {
 bool gpu_scheme_observe(struct gpu_scheme *scheme, const struct gpu_observation *observation);
 bool gpu_scheme_settled(const struct gpu_scheme *scheme); /* no layer will change any more */
 
+/* A `code` that is learnt beside the serving path: from now on observe only gathers, until there is enough of all layers; solve
+ * takes a second or two for a large model, on any thread while nobody else uses the scheme. -PKV_ERR_NOT_FINITE: nothing can be
+ * solved from what was gathered. */
+void gpu_scheme_defer(struct gpu_scheme *scheme);
+bool gpu_scheme_gathered(const struct gpu_scheme *scheme);
+int gpu_scheme_solve(struct gpu_scheme *scheme);
+
 /* The learnt state as bytes, so that other workers sign alike. Import refuses what does not fit: -PKV_ERR_FILE_FIT. */
 uint64_t gpu_scheme_state_bytes(const struct gpu_scheme *scheme);
 void gpu_scheme_state_export(const struct gpu_scheme *scheme, void *ret);

@@ -21,6 +21,7 @@ struct scheme_moments {
     double *k_sum;                        /* [layers][kv_heads][head_dim] */
     uint32_t *k_tokens, *q_tokens;        /* [layers] */
     uint8_t *given_up;                    /* [layers] */
+    bool deferred;                        /* solved by gpu_scheme_solve, not by observe */
     uint32_t rope_dims, rope_interleaved; /* 0 dims: no rope */
     double frequencies[PKV_HEAD_DIM_MAX / 2];
 };

@@ -98,6 +98,19 @@ static bool wanted(const struct side *x)
     return x->from && *x->tokens < LEARN_TOKENS;
 }
 
+static bool enough(const struct scheme_moments *m, uint32_t layer)
+{
+    return m->k_tokens[layer] >= LEARN_TOKENS && m->q_tokens[layer] >= LEARN_TOKENS;
+}
+
+static bool solve(struct gpu_scheme *s, uint32_t layer)
+{
+    bool solved = scheme_solve_layer(s, layer) == 0;
+    s->moments->given_up[layer] = !solved;
+    s->learnt[layer] = solved ? SCHEME_SOLVED : s->learnt[layer];
+    return solved;
+}
+
 bool scheme_learn_observe(struct gpu_scheme *s, const struct gpu_observation *o)
 {
     const struct pkv_geom *g = &s->geom;
@@ -109,8 +122,8 @@ bool scheme_learn_observe(struct gpu_scheme *s, const struct gpu_observation *o)
         {o->k, g->kv_heads, scheme_mix(o->layer + 1), m->k, m->k_sum, m->k_tokens + o->layer},
         {o->q, g->q_heads, scheme_mix(o->layer + 1000003), m->q, NULL, m->q_tokens + o->layer},
     };
-    float *scratch =
-        wanted(&sides[0]) || wanted(&sides[1]) ? malloc((uint64_t)PIECE * g->q_heads * g->head_dim * sizeof(float)) : NULL;
+    uint64_t room = (uint64_t)PKV_MIN(PIECE, o->tokens) * g->q_heads * g->head_dim;
+    float *scratch = wanted(&sides[0]) || wanted(&sides[1]) ? malloc(room * sizeof(float)) : NULL;
     if (!scratch)
         return false;
     /* One thread: the pieces are small, and sums must not depend on the machine. */
@@ -120,16 +133,30 @@ bool scheme_learn_observe(struct gpu_scheme *s, const struct gpu_observation *o)
         for (uint32_t i = 0; i < PKV_ARRAY_LEN(sides); i++)
             if (wanted(&sides[i]))
                 gather(s, o, &sides[i], at, PKV_MIN(PIECE, o->tokens - at), scratch);
-    bool solved = false;
-    if (m->k_tokens[o->layer] >= LEARN_TOKENS && m->q_tokens[o->layer] >= LEARN_TOKENS) {
-        solved = scheme_solve_layer(s, o->layer) == 0;
-        m->given_up[o->layer] = !solved;
-        if (solved)
-            s->learnt[o->layer] = SCHEME_SOLVED;
-    }
+    bool now = !m->deferred && enough(m, o->layer) && solve(s, o->layer);
     openblas_set_num_threads(threads);
     free(scratch);
-    return solved;
+    return now;
+}
+
+bool gpu_scheme_gathered(const struct gpu_scheme *s)
+{
+    for (uint32_t l = 0; l < s->geom.layers; l++)
+        if (!s->moments || !enough(s->moments, l))
+            return false;
+    return true;
+}
+
+int gpu_scheme_solve(struct gpu_scheme *s)
+{
+    bool all = gpu_scheme_gathered(s);
+    int threads = openblas_get_num_threads();
+    openblas_set_num_threads(1);
+    for (uint32_t l = 0; l < s->geom.layers && all; l++)
+        all = solve(s, l);
+    openblas_set_num_threads(threads);
+    scheme_moments_free(s);
+    return all ? 0 : -PKV_ERR_NOT_FINITE;
 }
 
 void scheme_moments_free(struct gpu_scheme *s)
@@ -177,6 +204,18 @@ int scheme_learn_open(struct gpu_scheme *s)
 
 #else
 
+bool gpu_scheme_gathered(const struct gpu_scheme *s)
+{
+    (void)s;
+    return false;
+}
+
+int gpu_scheme_solve(struct gpu_scheme *s)
+{
+    (void)s;
+    return -PKV_ERR_UNSUPPORTED;
+}
+
 bool scheme_learn_observe(struct gpu_scheme *s, const struct gpu_observation *o)
 {
     (void)s, (void)o;
@@ -195,6 +234,12 @@ int scheme_learn_open(struct gpu_scheme *s)
 }
 
 #endif
+
+void gpu_scheme_defer(struct gpu_scheme *s)
+{
+    if (s->moments)
+        s->moments->deferred = true;
+}
 
 void gpu_scheme_rope(struct gpu_scheme *s, float base, uint32_t dims, bool interleaved)
 {

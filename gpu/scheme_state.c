@@ -13,6 +13,8 @@ bool gpu_scheme_observe(struct gpu_scheme *s, const struct gpu_observation *o)
         return false; /* whoever uses them says so */
     bool first = scheme_sign_observe(s, o);
     bool solved = scheme_learn_observe(s, o);
+    if (gpu_scheme_settled(s))
+        scheme_moments_free(s); /* 67 MB for 32 layers x 8 heads of 128 */
     return first || solved;
 }
 
