@@ -45,6 +45,8 @@ static const struct row rows[] = {
      "share of attend's time, in millionths, that sampled exact attention may take; 0: none"},
     {"audit-alarm-ppm", "250000", KIND_NUMBER, AT(audit_alarm_ppm), 0, 0, 10000000, NULL,
      "mean relative error of attention, in millionths, above which a model's alarm is raised; 0: never"},
+    {"recalibrate-s", "600", KIND_NUMBER, AT(recalibrate_s), 0, 0, 31536000, NULL,
+     "seconds between two calibrations of a model whose alarm stands, at least; 0: it is never calibrated again"},
     {"backend", "host", KIND_CHOICE, TEXT(backend), 0, 0, backend_choices, "kernels of served selects"},
     {"isa", "best", KIND_CHOICE, TEXT(isa), 0, 0, isa_choices, "instruction set of the host backend"},
     {"populate", "yes", KIND_CHOICE, AT(populate), 0, 0, 0, yes_choices,

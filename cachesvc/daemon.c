@@ -137,8 +137,7 @@ int daemon_create(const struct config *config, struct daemon **ret)
     d->control_fd = d->copies_event = d->served_event = d->signals = d->listener.fd = d->admin.socket = -1;
     d->next_token = TOKEN_WORKERS, d->started_ns = daemon_now_ns();
     tables_init(&d->tables);
-    for (uint32_t m = 0; m < PKV_MODELS_MAX; m++)
-        d->states[m].fd = -1;
+    states_init(d->states);
     /* The lock of the socket comes first: a second daemon must not take memory before it learns that it is the second. */
     int r = listen_open(config->socket, &d->listener);
     if (r)
@@ -189,9 +188,7 @@ void daemon_destroy(struct daemon *d)
     memory_destroy(&d->memory);
     if (d->control)
         munmap(d->control, 4096);
-    for (uint32_t m = 0; m < PKV_MODELS_MAX; m++)
-        if (d->states[m].fd >= 0)
-            close(d->states[m].fd);
+    states_close(d->states);
     int fds[] = {d->control_fd, d->copies_event, d->served_event, d->signals};
     for (size_t i = 0; i < PKV_ARRAY_LEN(fds); i++)
         if (fds[i] >= 0)

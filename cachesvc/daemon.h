@@ -10,6 +10,7 @@
 #include "cachesvc/memory.h"
 #include "cachesvc/mover.h"
 #include "cachesvc/quality.h"
+#include "cachesvc/states.h"
 #include "cachesvc/tables.h"
 #include "proto/region.h"
 
@@ -24,12 +25,6 @@ struct worker;
 #define PKV_COUNTER_MEMBER(name, unit, help) uint64_t name;
 struct daemon_counters {
     PKV_DAEMON_COUNTERS(PKV_COUNTER_MEMBER)
-};
-
-/* The signature state of a model: a sealed memfd that a worker put. */
-struct daemon_state {
-    int fd; /* -1: none yet */
-    uint64_t bytes;
 };
 
 struct daemon {
@@ -49,7 +44,7 @@ struct daemon {
     struct worker *workers[DAEMON_CONNECTIONS_MAX];
     uint64_t next_token;
     uint32_t serving; /* served jobs under way */
-    struct daemon_state states[PKV_MODELS_MAX];
+    struct states states[PKV_MODELS_MAX];
     struct quality quality[PKV_MODELS_MAX];
     uint64_t audited_ns; /* when workers' samples were last looked at */
     struct daemon_counters counters;

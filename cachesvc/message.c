@@ -11,8 +11,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define STATE_BYTES_MAX (1ull << 30)
-#define FDS_MAX         4
+#define FDS_MAX 4
 
 union message {
     struct pkv_hello hello;
@@ -131,40 +130,21 @@ static void on_map(struct worker *w, const struct pkv_map_request *m)
     reply(w, PKV_MSG_MAP, &r, &c->fd, 1);
 }
 
-/* A worker's memfd that others will map: nobody may change or shrink it any more. */
-static enum pkv_err state_check(int fd, uint64_t *ret_bytes)
-{
-    int want = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE;
-    int seals = fd < 0 ? -1 : fcntl(fd, F_GET_SEALS);
-    off_t bytes = seals < 0 ? -1 : lseek(fd, 0, SEEK_END);
-    if (seals < 0 || (seals & want) != want || bytes <= 0 || (uint64_t)bytes > STATE_BYTES_MAX)
-        return PKV_ERR_INVALID;
-    *ret_bytes = (uint64_t)bytes;
-    return PKV_ERR_OK;
-}
-
 static void on_state(struct worker *w, const struct pkv_state_request *s, int *fd)
 {
-    struct pkv_reply r = {.err = s->reserved || s->reserved0 ? PKV_ERR_RESERVED : PKV_ERR_OK};
+    struct pkv_reply r = {.err = s->reserved0 ? PKV_ERR_RESERVED : PKV_ERR_OK};
+    const struct state *state = NULL;
     if (r.err == PKV_ERR_OK && !core_model(w->daemon->core, s->model))
         r.err = PKV_ERR_NO_MODEL;
-    if (r.err != PKV_ERR_OK) {
-        reply(w, s->message, &r, NULL, 0);
-        return;
-    }
-    struct daemon_state *state = &w->daemon->states[s->model];
-    if (s->message == PKV_MSG_STATE_GET) {
-        r.err = state->fd < 0 ? PKV_ERR_NO_STATE : PKV_ERR_OK;
-        r.bytes = state->bytes;
-        reply(w, s->message, &r, &state->fd, state->fd >= 0);
-        return;
-    }
-    r.err = state->fd >= 0 ? PKV_ERR_STATE_EXISTS : state_check(*fd, &r.bytes);
+    if (r.err == PKV_ERR_OK && s->message == PKV_MSG_STATE_PUT)
+        r.err = states_put(w->daemon, s->model, s->state, fd);
     if (r.err == PKV_ERR_OK) {
-        *state = (struct daemon_state){*fd, r.bytes};
-        *fd = -1;
+        state = states_find(w->daemon, s->model, s->state);
+        r.err = state ? PKV_ERR_OK : PKV_ERR_NO_STATE;
     }
-    reply(w, s->message, &r, NULL, 0);
+    if (state)
+        r.id = state->number, r.bytes = state->bytes;
+    reply(w, s->message, &r, state ? &state->fd : NULL, state && s->message == PKV_MSG_STATE_GET);
 }
 
 static bool dispatch(struct worker *w, union message *m, size_t bytes, int *fd)

@@ -161,6 +161,8 @@ json_t *stats_stat(struct daemon *d)
     json_t *workers = workers_json(d, &total), *models = json_array();
     for (uint32_t m = 0; core_model(d->core, m); m++) {
         json_t *model = model_json(core_model(d->core, m));
+        json_object_set_new(model, "state", number(d->states[m].latest));
+        json_object_set_new(model, "recalibrating", json_boolean(d->control->models[m].wanted));
         json_object_set_new(model, "quality", quality_json(&d->quality[m]));
         json_array_append_new(models, model);
     }
@@ -198,6 +200,7 @@ static json_t *seq_json(const struct core_seq_info *s)
                         json_pack("{s:o, s:o, s:o, s:o, s:o}", "granted", number(s->blocks.granted), "sealed",
                                   number(s->blocks.sealed), "home_pool", number(s->blocks.home_pool), "home_arena",
                                   number(s->blocks.home_arena), "shared", number(s->blocks.shared)));
+    json_object_set_new(o, "state", number(s->state));
     json_object_set_new(o, "pool_bytes", number(s->pool_bytes));
     json_object_set_new(o, "arena_bytes", number(s->arena_bytes));
     return o;

@@ -27,7 +27,7 @@ struct worker {
     uint64_t token;                  /* socket; + 1 process, + 2 event */
     uint64_t accepted_ns;
     char tenant[PKV_NAME_BYTES], label[PKV_NAME_BYTES];
-    bool direct; /* has mapped a chunk */
+    bool direct;     /* has mapped a chunk */
     uint64_t models; /* that it has opened, one bit each */
     struct pkv_model_quality audited[PKV_MODELS_MAX];
     bool doomed; /* the backlog is full: it is dropped at the end of the turn */

@@ -5,7 +5,8 @@
 #define PIECE_BLOCKS     64u
 #define PIECE_SHARE      8u /* of the pool, at most: two pieces of several workers are in it at once */
 #define CACHED_BLOCKS    8u
-#define STATE_MIN_TOKENS 16u /* shorter calls teach a scheme nothing, so nobody asks the daemon for a state first */
+#define STATE_MIN_TOKENS 16u /* shorter calls do not begin a model's calibration: it solves in the call, for decode too long \
+                              */
 
 static int grant(struct pkv_seq *seq, uint32_t layer, uint64_t tokens)
 {
@@ -41,7 +42,7 @@ static int sign_rows(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32
     struct pkv_model *m = seq->model;
     struct gpu_sign_args args = {.geom = &m->geom,
                                  .space = region_writable(m->kv),
-                                 .scheme = m->scheme,
+                                 .scheme = seq->scheme,
                                  .layer = layer,
                                  .blocks = refs,
                                  .first_token = first,
@@ -49,7 +50,7 @@ static int sign_rows(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32
     return gpu_sign(m->kv->gpu, &args);
 }
 
-static int sign_again(struct pkv_seq *seq, uint32_t layer)
+int seq_sign_again(struct pkv_seq *seq, uint32_t layer)
 {
     struct pkv *kv = seq->model->kv;
     uint64_t tokens = seq->tokens[layer];
@@ -70,32 +71,29 @@ static int sign_again(struct pkv_seq *seq, uint32_t layer)
     return r;
 }
 
-static int sign_all_again(struct pkv_model *m, uint32_t first_layer, uint32_t last_layer)
+/* The learner has changed its mind about a layer. */
+static int sign_learnt_again(struct pkv_model *m, uint32_t layer)
 {
     int r = 0;
     for (struct pkv_seq *s = m->seqs; s && !r; s = s->next)
-        for (uint32_t l = first_layer; l < last_layer && !r; l++)
-            r = sign_again(s, l);
+        if (s->scheme == m->scheme)
+            r = seq_sign_again(s, layer);
     return r;
 }
 
 int model_learn(struct pkv_seq *seq, const struct gpu_observation *o)
 {
     struct pkv_model *m = seq->model;
-    bool changed;
-    if (o->tokens < STATE_MIN_TOKENS || gpu_scheme_settled(m->scheme))
+    if (!m->learns)
         return 0;
-    int r = model_state_fetch(m, &changed);
-    if (r)
-        return r;
-    if (changed)
-        return sign_all_again(m, 0, m->geom.layers);
-    if (gpu_scheme_observe(m->scheme, o))
-        r = sign_all_again(m, o->layer, o->layer + 1);
-    if (r || !gpu_scheme_settled(m->scheme))
-        return r;
-    r = model_state_share(m, &changed);
-    return r || !changed ? r : sign_all_again(m, 0, m->geom.layers);
+    if (model_published(m).latest) {
+        recalibration_observe(m, o);
+        return 0;
+    }
+    if (o->tokens < STATE_MIN_TOKENS || seq->scheme != m->scheme)
+        return 0;
+    int r = gpu_scheme_observe(m->scheme, o) ? sign_learnt_again(m, o->layer) : 0;
+    return r || !gpu_scheme_settled(m->scheme) ? r : model_learner_share(m);
 }
 
 int model_learn_keys(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t tokens, const void *k)
@@ -110,7 +108,7 @@ static int append_direct(struct pkv_seq *seq, uint32_t layer, uint64_t first, ui
     struct pkv_model *m = seq->model;
     struct pkv *kv = m->kv;
     uint32_t first_block = (uint32_t)(first / PKV_BLOCK_TOKENS), blocks = pkv_tokens_blocks(first + tokens);
-    uint32_t step = gpu_scheme_settled(m->scheme) ? CACHED_BLOCKS * PKV_BLOCK_TOKENS : tokens;
+    uint32_t step = gpu_scheme_settled(seq->scheme) ? CACHED_BLOCKS * PKV_BLOCK_TOKENS : tokens;
     uint64_t bytes = pkv_geom_row_bytes(&m->geom) / 2 * m->geom.kv_heads;
     struct pkv_block_ref *refs = region_refs(kv, blocks);
     if (!refs)
@@ -165,6 +163,7 @@ static int append(struct pkv_seq *seq, uint32_t layer, uint32_t tokens, const ch
     }
     if (!r && tokens > seq->max_tokens - seq->tokens[layer])
         r = -PKV_ERR_LENGTH;
+    r = r ? r : seq_settle(seq);
     uint32_t most = piece_blocks(seq);
     uint64_t before = seq->tokens[r ? 0 : layer], bytes = pkv_geom_row_bytes(g) / 2 * g->kv_heads;
     for (uint32_t done = 0, piece; !r && done < tokens; done += piece) {

@@ -26,10 +26,8 @@ static int views_of(struct pkv_seq *const *seqs, const uint32_t *queries, uint32
     if (!count || count > PKV_BATCH_MAX)
         return -PKV_ERR_SHAPE;
     for (uint32_t i = 0; i < count; i++) {
-        bool changed;
         int r = seqs[i]->model == seqs[0]->model ? seq_check(seqs[i], layer) : -PKV_ERR_INVALID;
-        if (!r && !seqs[i]->writer)
-            r = model_state_fetch(seqs[i]->model, &changed); /* the writer may have learnt since */
+        r = r ? r : seq_settle(seqs[i]);
         if (r)
             return r;
         views[i] = (struct gpu_view){.tokens = seq_layer_tokens(seqs[i], layer), .queries = queries[i]};
@@ -90,22 +88,32 @@ static int attend_served(struct pkv_seq *const *seqs, uint32_t count, uint32_t l
     return r;
 }
 
+/* One call of the kernels for each run of sequences that are signed alike. */
 static int attend_direct(struct pkv_seq *const *seqs, uint32_t count, uint32_t layer, const struct gpu_view *views,
-                         const struct gpu_policy *policy, const void *q, float *out, float *lse, struct gpu_explain *explain)
+                         const struct gpu_policy *policy, const char *q, float *out, float *lse, struct gpu_explain *explain)
 {
     struct pkv_model *m = seqs[0]->model;
-    struct gpu_attend_args args = {.geom = &m->geom,
-                                   .space = region_readable(m->kv),
-                                   .policy = *policy,
-                                   .scheme = m->scheme,
-                                   .layer = layer,
-                                   .seqs = count,
-                                   .views = views,
-                                   .q = q,
-                                   .out = out,
-                                   .lse = lse,
-                                   .explain = explain};
-    return gpu_attend(m->kv->gpu, &args);
+    uint64_t vectors = (uint64_t)m->geom.q_heads * m->geom.head_dim, tokens = 0;
+    int r = 0;
+    for (uint32_t i = 0, n; i < count && !r; i += n) {
+        for (n = 1; i + n < count && seqs[i + n]->scheme == seqs[i]->scheme; n++)
+            ;
+        struct gpu_attend_args args = {.geom = &m->geom,
+                                       .space = region_readable(m->kv),
+                                       .policy = *policy,
+                                       .scheme = seqs[i]->scheme,
+                                       .layer = layer,
+                                       .seqs = n,
+                                       .views = views + i,
+                                       .q = q + tokens * vectors * pkv_dtype_bytes(m->geom.dtype),
+                                       .out = out + tokens * vectors,
+                                       .lse = lse ? lse + tokens * m->geom.q_heads : NULL,
+                                       .explain = explain};
+        r = gpu_attend(m->kv->gpu, &args);
+        for (uint32_t s = i; s < i + n; s++)
+            tokens += views[s].queries;
+    }
+    return r;
 }
 
 /* Queries of a writer, to a scheme that still learns from them. */
@@ -115,7 +123,8 @@ static int learn_queries(struct pkv_seq *const *seqs, const struct gpu_view *vie
     const struct pkv_model *m = seqs[0]->model;
     uint64_t each = (uint64_t)m->geom.q_heads * m->geom.head_dim * pkv_dtype_bytes(m->geom.dtype);
     int r = 0;
-    for (uint32_t i = 0; i < count && !r && !gpu_scheme_settled(m->scheme); q += views[i++].queries * each) {
+    bool learns = m->learns && (!model_published(m).latest || model_published(m).wanted || m->recalibration.phase);
+    for (uint32_t i = 0; i < count && !r && learns; q += views[i++].queries * each) {
         struct gpu_observation o = {.layer = layer,
                                     .tokens = views[i].queries,
                                     .first_token = views[i].tokens - views[i].queries,
@@ -169,7 +178,7 @@ static int select_direct(const struct attend_part *p, const struct gpu_rows *row
     int8_t *weights = malloc(heads * m->geom.sig_bits);
     float *scales = malloc(heads * sizeof(*scales));
     struct gpu_weights_args sign = {.geom = &m->geom,
-                                    .scheme = m->scheme,
+                                    .scheme = p->seq->scheme,
                                     .layer = p->layer,
                                     .queries = p->view.queries,
                                     .scale = p->policy.scale,

@@ -121,7 +121,7 @@ static bool take(struct audit *a, const struct audit_call *c)
     memcpy(p.q, (const char *)c->q + first * pkv_dtype_bytes(g->dtype), vectors * pkv_dtype_bytes(g->dtype));
     memcpy(p.out, c->out + first, vectors * sizeof(float));
     memcpy(p.lse, c->lse + (uint64_t)a->query * g->q_heads, g->q_heads * sizeof(float));
-    a->scale = c->policy->scale, a->block = 0;
+    a->scale = c->policy->scale, a->block = 0, a->state = a->seq->state;
     return a->seq->writer || places_sum(a, &a->places) == 0;
 }
 
@@ -176,7 +176,11 @@ static void count_sample(struct pkv *kv, const struct audit *a)
     uint64_t mass_ppm = (uint64_t)(mass * 1e6), error_ppm = (uint64_t)(fmin(error, 1e3) * 1e6);
     ((uint64_t *)c)[offsetof(struct pkv_worker_counters, sample_error_to_1) / sizeof(uint64_t) + audit_bucket(error)]++;
     c->samples++, c->sample_mass_ppm += mass_ppm, c->sample_error_ppm += error_ppm;
-    if (q) {
+    if (q && a->state > q->state) {
+        pkv_store64(&q->samples, 0), pkv_store64(&q->mass_ppm, 0), pkv_store64(&q->error_ppm, 0);
+        pkv_store64(&q->state, a->state);
+    }
+    if (q && a->state == q->state) { /* older sequences say nothing of how new ones are signed */
         pkv_store64(&q->mass_ppm, q->mass_ppm + mass_ppm);
         pkv_store64(&q->error_ppm, q->error_ppm + error_ppm);
         pkv_store64(&q->samples, q->samples + 1);

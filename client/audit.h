@@ -98,6 +98,7 @@ struct audit {
     struct pkv_seq *seq;
     uint32_t layer, query, head, block; /* query: of the call; block: the next one */
     uint64_t tokens;                    /* that the query sees */
+    uint32_t state;                     /* of the sequence, when it was attended */
     uint64_t length, places;            /* of its sequence, as another worker's is known again */
     float scale;
     char *memory; /* q, then out, lse, exact, max, sum, exact lse */

@@ -274,7 +274,7 @@ void pkv_close(struct pkv *kv)
         while (m->seqs)
             seq_forget(m->seqs);
         kv->models = m->next;
-        gpu_scheme_close(m->scheme);
+        model_states_close(m);
         free(m);
     }
     /* Goodbye says that nothing is mapped any more, so that comes first. */

@@ -9,6 +9,7 @@
 #include "proto/check.h"
 #include "proto/ring.h"
 
+#include <pthread.h>
 #include <stdlib.h>
 #include <time.h>
 
@@ -35,13 +36,36 @@ struct pkv {
     char error[256];
 };
 
+/* A way to make signatures that will not change any more. */
+struct model_state {
+    struct model_state *next;
+    uint32_t number; /* the daemon's */
+    struct gpu_scheme *scheme;
+};
+
+/* recalibrate.c */
+enum recalibration_phase { RECALIBRATION_IDLE, RECALIBRATION_GATHERING, RECALIBRATION_SOLVING };
+struct recalibration {
+    enum recalibration_phase phase;
+    uint32_t number, given_up; /* of the state to be; the last one that could not be made here */
+    struct gpu_scheme *scheme;
+    pthread_t thread;
+    int result;
+    bool solved; /* by the thread */
+};
+
 struct pkv_model {
     struct pkv *kv;
     struct pkv_model *next;
     struct pkv_seq *seqs;
-    uint32_t id;
+    uint32_t id, kind;
     struct pkv_geom geom;
-    struct gpu_scheme *scheme;
+    float rope_base;
+    uint32_t rope_dims, rope_interleaved;
+    bool learns;                /* its signatures need no file */
+    struct gpu_scheme *scheme;  /* of a file; else the learner of sequences without a state: NULL when there are none */
+    struct model_state *states; /* latest first */
+    struct recalibration recalibration;
 };
 
 struct pkv_seq {
@@ -49,10 +73,12 @@ struct pkv_seq {
     struct pkv_seq *next;
     uint64_t handle, max_tokens;
     const struct pkv_table *table;
-    bool writer;
-    uint64_t *tokens;  /* [layers] as this writer counts them */
-    uint32_t *granted; /* [layers] blocks */
-    uint32_t *sealed;  /* [layers] blocks */
+    struct gpu_scheme *scheme; /* that its signatures are made with */
+    uint32_t state;            /* its number; 0: a file's, or a learner's */
+    bool writer, foreign;      /* foreign: what is there was signed by another worker's learner */
+    uint64_t *tokens;          /* [layers] as this writer counts them */
+    uint32_t *granted;         /* [layers] blocks */
+    uint32_t *sealed;          /* [layers] blocks */
 };
 
 /* connect.c: a request on the socket and its reply. `fd` travels along (-1: none); *ret_fd the one that comes back. */
@@ -74,10 +100,31 @@ struct gpu_space region_readable(const struct pkv *kv);
 struct gpu_space region_writable(const struct pkv *kv);
 struct pkv_block_ref *region_refs(struct pkv *kv, uint64_t count); /* scratch; NULL without memory */
 
-/* model.c: takes over the state that another worker has put, if there is one; then `*ret_changed`. */
-int model_state_fetch(struct pkv_model *model, bool *ret_changed);
-/* Shares the state that this worker has learnt; takes over the other one if somebody was faster. */
-int model_state_share(struct pkv_model *model, bool *ret_changed);
+/* state.c */
+static inline struct pkv_model_states model_published(const struct pkv_model *m)
+{
+    struct pkv_model_states states = {0};
+    if (m->id < PKV_MODELS_MAX) {
+        states.latest = __atomic_load_n(&m->kv->control->models[m->id].latest, __ATOMIC_ACQUIRE);
+        states.wanted = __atomic_load_n(&m->kv->control->models[m->id].wanted, __ATOMIC_RELAXED);
+    }
+    return states;
+}
+int model_learner(struct pkv_model *model, struct gpu_scheme **ret); /* a fresh scheme that learns */
+/* Takes over the daemon's latest state; 0: there is none. */
+int model_latest(struct pkv_model *model, uint32_t *ret_number);
+/* Shares a settled scheme; on success it is the model's. */
+int model_state_put(struct pkv_model *model, uint32_t number, struct gpu_scheme *scheme);
+int model_learner_share(struct pkv_model *model); /* as the first state */
+void model_states_close(struct pkv_model *model);
+/* The scheme that the sequence's table names. */
+int seq_adopt_state(struct pkv_seq *seq);
+/* Before its signatures are used: a reader follows the table, a writer without a state signs again once there is one. */
+int seq_settle(struct pkv_seq *seq);
+
+/* recalibrate.c: shows a writer's keys or queries, and carries on what is under way. */
+void recalibration_observe(struct pkv_model *model, const struct gpu_observation *observation);
+void recalibration_close(struct pkv_model *model);
 
 /* seq.c */
 int seq_check(const struct pkv_seq *seq, uint32_t layer);
@@ -92,6 +139,7 @@ void seq_forget(struct pkv_seq *seq);
 /* append.c: shows keys or queries (finite) to a scheme that still learns. What was signed before it learnt is signed again;
  * what it has learnt, once complete, is shared. Outside of an epoch. */
 int model_learn(struct pkv_seq *seq, const struct gpu_observation *observation);
+int seq_sign_again(struct pkv_seq *seq, uint32_t layer);
 int model_learn_keys(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t tokens, const void *k);
 
 /* One call's queries of one sequence. */

@@ -1,10 +1,5 @@
-/* Models: geometry and signature scheme, registered with the daemon; and the scheme's learnt state, which all workers share. */
+/* Models: geometry and signature scheme, registered with the daemon. */
 #include "client/internal.h"
-
-#include <errno.h>
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 static int geom_of(const struct pkv_model_desc *d, struct pkv_geom *ret)
 {
@@ -53,14 +48,15 @@ int pkv_model_open(struct pkv *kv, const struct pkv_model_desc *desc, struct pkv
     r = r ? r : gpu_scheme_open(desc->signature, &m->geom, desc->weights, &m->scheme, request.weights_digest);
     r = r ? r : socket_call(kv, &request, sizeof(request), -1, &reply, NULL);
     if (!r) {
-        bool changed;
+        uint32_t latest;
         gpu_scheme_rope(m->scheme, request.rope_base, request.rope_dims, request.rope_interleaved);
-        m->kv = kv, m->id = reply.id;
-        r = model_state_fetch(m, &changed);
+        m->kv = kv, m->id = reply.id, m->kind = desc->signature, m->learns = !desc->weights;
+        m->rope_base = request.rope_base, m->rope_dims = request.rope_dims, m->rope_interleaved = request.rope_interleaved;
+        r = model_latest(m, &latest);
     }
     if (r) {
         if (m)
-            gpu_scheme_close(m->scheme);
+            model_states_close(m);
         free(m);
         return kv_done(kv, r);
     }
@@ -80,91 +76,7 @@ int pkv_model_close(struct pkv_model *model)
     while (*at != model)
         at = &(*at)->next;
     *at = model->next;
-    gpu_scheme_close(model->scheme);
+    model_states_close(model);
     free(model);
     return 0;
-}
-
-static int import_fd(struct pkv_model *m, int fd, uint64_t bytes)
-{
-    int seals = fcntl(fd, F_GET_SEALS), want = F_SEAL_SHRINK | F_SEAL_WRITE;
-    if (seals < 0 || (seals & want) != want || bytes != gpu_scheme_state_bytes(m->scheme))
-        return -PKV_ERR_FILE_FIT;
-    void *state = mmap(NULL, bytes, PROT_READ, MAP_PRIVATE, fd, 0);
-    if (state == MAP_FAILED)
-        return -PKV_ERR_NO_MEMORY;
-    int r = gpu_scheme_state_import(m->scheme, state, bytes);
-    munmap(state, bytes);
-    return r;
-}
-
-int model_state_fetch(struct pkv_model *m, bool *ret_changed)
-{
-    struct pkv_state_request request = {.magic = PKV_MAGIC, .message = PKV_MSG_STATE_GET, .model = m->id};
-    struct pkv_reply reply;
-    int fd = -1;
-    *ret_changed = false;
-    if (gpu_scheme_settled(m->scheme))
-        return 0;
-    int r = socket_call(m->kv, &request, sizeof(request), -1, &reply, &fd);
-    if (r == -PKV_ERR_NO_STATE)
-        return 0;
-    if (!r) {
-        r = import_fd(m, fd, reply.bytes);
-        *ret_changed = !r;
-    }
-    if (fd >= 0)
-        close(fd);
-    return r;
-}
-
-static int export_fd(const struct pkv_model *m, int *ret)
-{
-    uint64_t bytes = gpu_scheme_state_bytes(m->scheme);
-    int fd = memfd_create("pivotkv-state", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    char *state = malloc(bytes);
-    int r = fd < 0 || !state ? -PKV_ERR_NO_MEMORY : 0;
-    if (!r) {
-        gpu_scheme_state_export(m->scheme, state);
-        for (uint64_t at = 0; at < bytes && !r;) {
-            ssize_t n = write(fd, state + at, bytes - at);
-            if (n < 0 && errno != EINTR)
-                r = -PKV_ERR_NO_MEMORY;
-            at += n > 0 ? (uint64_t)n : 0;
-        }
-    }
-    if (!r && fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE | F_SEAL_SEAL))
-        r = -PKV_ERR_SYSTEM;
-    free(state);
-    if (r && fd >= 0)
-        close(fd);
-    *ret = fd;
-    return r;
-}
-
-/* What was learnt, not yet settled, gives way to what the daemon has. */
-static int take_other(struct pkv_model *m, bool *ret_changed)
-{
-    struct pkv_state_request request = {.magic = PKV_MAGIC, .message = PKV_MSG_STATE_GET, .model = m->id};
-    struct pkv_reply reply;
-    int fd = -1, r = socket_call(m->kv, &request, sizeof(request), -1, &reply, &fd);
-    if (!r) {
-        r = import_fd(m, fd, reply.bytes);
-        close(fd);
-        *ret_changed = !r;
-    }
-    return r;
-}
-
-int model_state_share(struct pkv_model *m, bool *ret_changed)
-{
-    struct pkv_state_request request = {.magic = PKV_MAGIC, .message = PKV_MSG_STATE_PUT, .model = m->id};
-    struct pkv_reply reply;
-    int fd = -1, r = export_fd(m, &fd);
-    *ret_changed = false;
-    if (r)
-        return r;
-    r = socket_call(m->kv, &request, sizeof(request), fd, &reply, NULL);
-    close(fd);
-    return r == -PKV_ERR_STATE_EXISTS ? take_other(m, ret_changed) : r;
 }

@@ -55,6 +55,7 @@ void seq_claim(const struct pkv_seq *seq)
 static int seq_new(struct pkv_model *model, uint64_t handle, uint64_t table, struct pkv_seq **ret)
 {
     uint32_t layers = model->geom.layers;
+    *ret = NULL;
     struct pkv_seq *s = calloc(1, sizeof(*s));
     if (s) {
         s->tokens = calloc(layers, sizeof(*s->tokens));
@@ -119,11 +120,17 @@ int seq_cut(struct pkv_seq *seq, uint32_t layer, uint64_t tokens)
     return r;
 }
 
-/* Asks the daemon for a sequence; gives it back where this side has no memory for it. */
+/* Takes over a sequence of the daemon; gives it back where this side has no memory, or no state, for it. */
 static int adopt(struct pkv_model *model, uint64_t handle, uint64_t table, struct pkv_seq **ret)
 {
     int r = seq_new(model, handle, table, ret);
     struct pkv_submission close = {.op = PKV_OP_SEQ_CLOSE, .seq = handle};
+    if (!r && (*ret)->table->model != model->id)
+        r = -PKV_ERR_MODEL_MISMATCH;
+    else if (!r)
+        r = seq_adopt_state(*ret);
+    if (r && *ret)
+        seq_forget(*ret);
     if (r)
         (void)ring_call(model->kv, &close, NULL);
     return r;
@@ -138,7 +145,13 @@ int pkv_seq_create(struct pkv_model *model, uint32_t max_tokens, uint32_t flags,
         .model = model->id, .max_tokens = max_tokens, .flags = flags & PKV_PERSISTENT ? PKV_SEQ_PERSISTENT : 0};
     memcpy(s.u.create.label, label ? label : "", PKV_MIN(bytes, sizeof(s.u.create.label) - 1));
     int r = flags & ~PKV_PERSISTENT || !max_tokens ? -PKV_ERR_INVALID : max_tokens > PKV_SEQ_TOKENS_MAX ? -PKV_ERR_LENGTH : 0;
-    r = r ? r : ring_call(model->kv, &s, &c);
+    for (int tries = 0; !r; tries++) { /* the latest state may be another one meanwhile, and this one gone */
+        r = model_latest(model, &s.u.create.state);
+        r = r ? r : ring_call(model->kv, &s, &c);
+        if (r != -PKV_ERR_NO_STATE || tries == 3)
+            break;
+        r = 0;
+    }
     r = r ? r : adopt(model, c.value0, c.value1, ret);
     if (r)
         return kv_done(model->kv, r);
@@ -153,19 +166,14 @@ int pkv_seq_open(struct pkv_model *model, uint64_t handle, struct pkv_seq **ret)
 {
     struct pkv_submission s = {.op = PKV_OP_SEQ_OPEN, .seq = handle};
     struct pkv_completion c;
-    bool changed;
     int r = ring_call(model->kv, &s, &c);
     r = r ? r : adopt(model, handle, c.value1 & ~1ull, ret);
     if (r)
         return kv_done(model->kv, r);
     (*ret)->writer = c.value1 & 1;
-    if ((*ret)->table->model != model->id) {
-        r = -PKV_ERR_MODEL_MISMATCH;
-        (void)pkv_seq_close(*ret);
-        return kv_done(model->kv, r);
-    }
+    (*ret)->foreign = (*ret)->writer && !(*ret)->state && c.value0;
     set_length(*ret, c.value0);
-    return kv_done(model->kv, model_state_fetch(model, &changed));
+    return kv_done(model->kv, 0);
 }
 
 static int leave(struct pkv_seq *seq, uint8_t op)

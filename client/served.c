@@ -41,7 +41,7 @@ static int staging_sign(struct pkv_seq *seq, uint32_t layer, const struct stagin
     struct pkv_model *m = seq->model;
     struct gpu_sign_args args = {.geom = &m->geom,
                                  .space = {{NULL, s->base, NULL}},
-                                 .scheme = m->scheme,
+                                 .scheme = seq->scheme,
                                  .layer = layer,
                                  .blocks = s->refs,
                                  .first_token = first,
@@ -217,7 +217,7 @@ static int select_call(const struct attend_part *p, uint32_t rows_max, uint32_t 
     char *data = m->kv->data;
     struct pkv_served_query at = pkv_served_query(g, p->view.queries);
     struct gpu_weights_args sign = {.geom = g,
-                                    .scheme = m->scheme,
+                                    .scheme = p->seq->scheme,
                                     .layer = p->layer,
                                     .queries = p->view.queries,
                                     .scale = p->policy.scale,

@@ -100,7 +100,7 @@ enum pkv_err pkv_check_model(const struct pkv_model_request *m)
 
 static enum pkv_err check_create(const struct pkv_op_create *c)
 {
-    if (c->reserved || c->flags & ~PKV_SEQ_PERSISTENT)
+    if (c->flags & ~PKV_SEQ_PERSISTENT)
         return PKV_ERR_RESERVED;
     if (!c->max_tokens || c->max_tokens > PKV_SEQ_TOKENS_MAX || !terminated((const char *)c->label, sizeof(c->label)))
         return PKV_ERR_INVALID;
@@ -188,6 +188,10 @@ enum pkv_err pkv_check_submission(const struct pkv_submission *s, uint64_t data_
         return check_select(&s->u.select, data_bytes);
     case PKV_OP_READ:
         return check_read(&s->u.read, data_bytes);
+    case PKV_OP_SIGNED:
+        if (s->u.signed_.reserved0 || !zero(s->u.signed_.reserved, sizeof(s->u.signed_.reserved)))
+            return PKV_ERR_RESERVED;
+        return s->u.signed_.state == 1 ? PKV_ERR_OK : PKV_ERR_INVALID;
     default:
         return PKV_ERR_UNKNOWN_OP;
     }

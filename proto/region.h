@@ -17,12 +17,12 @@ PKV_WIRE_ASSERT(struct pkv_index, 64, 64, 4 + 4 + 14 * 4, reserved, 8);
 /* No reads are in flight. */
 #define PKV_EPOCH_IDLE UINT64_MAX
 
-/* What a worker's samples say of one model; sums that only grow. */
+/* What a worker's samples say of one model. */
 struct pkv_model_quality {
     uint64_t samples, mass_ppm, error_ppm;
-    uint64_t reserved;
+    uint64_t state; /* of the sequences that were sampled; the sums begin anew when it changes */
 };
-PKV_WIRE_ASSERT(struct pkv_model_quality, 32, 8, 3 * 8 + 8, reserved, 24);
+PKV_WIRE_ASSERT(struct pkv_model_quality, 32, 8, 3 * 8 + 8, state, 24);
 
 struct pkv_region {
     uint32_t magic;
@@ -52,6 +52,13 @@ struct pkv_region {
     struct pkv_model_quality quality[PKV_MODELS_MAX]; /* by model id */
 };
 
+/* Signature states of a model, as the daemon publishes them. */
+struct pkv_model_states {
+    uint32_t latest; /* new sequences are signed with it; 0: there is none yet */
+    uint32_t wanted; /* the daemon asks for this one to be learnt from the tokens now coming; 0: for none */
+};
+PKV_WIRE_ASSERT(struct pkv_model_states, 8, 4, 4 + 4, wanted, 4);
+
 /* Read-only to every worker; the daemon writes. */
 struct pkv_control {
     uint32_t magic;
@@ -61,8 +68,10 @@ struct pkv_control {
     uint64_t instance;  /* random, of this run of the daemon */
     uint64_t pool_bytes, arena_bytes;
     uint64_t reserved[2];
+    struct pkv_model_states models[PKV_MODELS_MAX]; /* by id */
 };
-PKV_WIRE_ASSERT(struct pkv_control, 64, 8, 4 * 4 + 4 * 8 + 2 * 8, reserved, 48);
+PKV_WIRE_ASSERT(struct pkv_control, 64 + 8 * PKV_MODELS_MAX, 8, 4 * 4 + 4 * 8 + 2 * 8 + 8 * PKV_MODELS_MAX, models, 64);
+static_assert(sizeof(struct pkv_control) <= 4096, "the control page is one page");
 
 static inline uint64_t pkv_region_data_off(void)
 {

@@ -79,15 +79,16 @@ struct pkv_map_request {
 };
 PKV_WIRE_ASSERT(struct pkv_map_request, 16, 4, 4 + 2 + 2 + 4 + 4, reserved, 12);
 
-/* The signature state of a model (means, later transforms): one sealed memfd, put once, then fetched by everybody. */
+/* The signature states of a model (means, transforms): a sealed memfd each, numbered from 1, fetched by everybody. A sequence's
+ * signatures are all of one state; 0: of none yet, only its writer knows how they were made. */
 struct pkv_state_request {
     uint32_t magic;
     uint16_t message; /* PKV_MSG_STATE_PUT with the memfd beside it, or PKV_MSG_STATE_GET */
     uint16_t reserved0;
     uint32_t model;
-    uint32_t reserved;
+    uint32_t state; /* PUT: the number that it is to have, the latest one plus 1. GET: which; 0: the latest */
 };
-PKV_WIRE_ASSERT(struct pkv_state_request, 16, 4, 4 + 2 + 2 + 4 + 4, reserved, 12);
+PKV_WIRE_ASSERT(struct pkv_state_request, 16, 4, 4 + 2 + 2 + 4 + 4, state, 12);
 
 /* The worker has unmapped everything and leaves; not answered. A socket that closes without it is a death. */
 struct pkv_bye {
@@ -104,7 +105,7 @@ struct pkv_reply {
     uint16_t fds; /* beside this reply: HELLO region, eventfd, control page, block tables; MAP one; STATE_GET one */
     uint32_t err; /* enum pkv_err */
     uint32_t version_major, version_minor;
-    uint32_t id;       /* HELLO: worker; MODEL: model */
+    uint32_t id;       /* HELLO: worker; MODEL: model; STATE_PUT, STATE_GET: number of the state */
     uint64_t features; /* common to both sides */
     uint64_t bytes;    /* HELLO: of the region; MAP, STATE_GET: of the memfd */
     uint64_t reserved[3];
@@ -120,7 +121,7 @@ struct pkv_op_create {
     uint32_t max_tokens;
     uint8_t label[24];
     uint32_t flags; /* PKV_SEQ_PERSISTENT */
-    uint32_t reserved;
+    uint32_t state; /* that its signatures will be made with; 0: none yet */
 };
 #define PKV_SEQ_PERSISTENT 1u
 struct pkv_op_open {
@@ -166,6 +167,11 @@ struct pkv_op_read {
     uint64_t out_bytes;
     uint64_t reserved[2];
 };
+struct pkv_op_signed {
+    uint32_t state; /* 1 */
+    uint32_t reserved0;
+    uint64_t reserved[4];
+};
 
 union pkv_payload {
     struct pkv_op_nop nop;
@@ -178,6 +184,7 @@ union pkv_payload {
     struct pkv_op_append append;
     struct pkv_op_select select;
     struct pkv_op_read read;
+    struct pkv_op_signed signed_;
 };
 
 struct pkv_submission {

@@ -95,10 +95,15 @@ void core_copied(struct core *core, uint32_t copy, bool ok, uint64_t checksum);
 struct core_view {
     const struct pkv_block_ref *blocks; /* [blocks_max] */
     const struct pkv_model_request *model;
-    uint32_t blocks_max, granted, sealed; /* blocks of the layer */
-    bool writer;                          /* the worker may write granted, unsealed blocks */
+    uint32_t model_id, blocks_max;
+    uint32_t granted, sealed; /* blocks of the layer */
+    bool writer;              /* the worker may write granted, unsealed blocks */
 };
 enum pkv_err core_seq_view(struct core *core, uint32_t worker, uint64_t handle, uint32_t layer, struct core_view *ret);
+/* All signatures of a sequence that had no state are made with state `state` now. Its writer says so. */
+enum pkv_err core_seq_signed(struct core *core, uint32_t worker, uint64_t handle, uint32_t state);
+/* Whether a sequence's signatures are made with it. */
+bool core_state_used(const struct core *core, uint32_t model, uint32_t state);
 /* Whether the worker still has the sequence open. */
 enum pkv_err core_seq_check(struct core *core, uint32_t worker, uint64_t handle);
 
@@ -134,6 +139,7 @@ struct core_seq_info {
     const struct pkv_model_request *model;
     bool persistent;
     uint32_t writer; /* UINT32_MAX: none */
+    uint32_t state;  /* of the model; 0: none yet */
     struct core_layer_info blocks;
     uint64_t pool_bytes, arena_bytes; /* of its blocks, shared ones included */
 };

@@ -49,7 +49,8 @@ bool core_seq_info(const struct core *core, uint32_t index, struct core_seq_info
                                   .label = s->label,
                                   .model = &core->models[s->model],
                                   .persistent = s->persistent,
-                                  .writer = s->writer};
+                                  .writer = s->writer,
+                                  .state = s->state};
     struct core_layer_info n;
     for (uint32_t l = 0; core_layer_info(core, index, l, &n); l++) {
         ret->blocks.granted += n.granted, ret->blocks.sealed += n.sealed, ret->blocks.shared += n.shared;

@@ -58,6 +58,7 @@ struct cow {
 struct seq {
     bool live, persistent;
     uint32_t gen, tenant, model, writer, layers, blocks_max;
+    uint32_t state;                                  /* of the model, that its signatures are made with; as in its table */
     uint64_t open, table_offset, tokens, max_tokens; /* open: workers, one bit each */
     struct pkv_table *table;
     uint32_t *blocks;  /* [layers][blocks_max] block or NONE */
@@ -136,6 +137,7 @@ enum pkv_err seq_make(struct core *core, uint32_t worker, uint32_t model, uint32
                       const char *label, uint32_t *ret_index);
 void seq_free(struct core *core, uint32_t index);
 void seq_publish_tokens(struct seq *seq);
+void seq_publish_state(struct seq *seq, uint32_t state);
 
 /* grants.c */
 /* Places for what failed with `e` may come by themselves: dropped copies, or what only waits for readers and copies. */

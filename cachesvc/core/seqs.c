@@ -37,6 +37,7 @@ enum pkv_err core_seq_view(struct core *core, uint32_t worker, uint64_t handle, 
         return PKV_ERR_INVALID;
     *ret = (struct core_view){.blocks = seq_entry(s, layer, 0),
                               .model = &core->models[s->model],
+                              .model_id = s->model,
                               .blocks_max = s->blocks_max,
                               .granted = s->granted[layer],
                               .sealed = s->sealed[layer],
@@ -51,6 +52,34 @@ void seq_publish_tokens(struct seq *s)
         least = PKV_MIN(least, s->sealed[l]);
     s->tokens = (uint64_t)least * PKV_BLOCK_TOKENS;
     publish(&s->table->tokens, s->tokens);
+}
+
+void seq_publish_state(struct seq *s, uint32_t state)
+{
+    s->state = state;
+    __atomic_store_n(&s->table->state, state, __ATOMIC_RELEASE);
+}
+
+enum pkv_err core_seq_signed(struct core *core, uint32_t worker, uint64_t handle, uint32_t state)
+{
+    enum pkv_err e = PKV_ERR_OK;
+    struct seq *s = seq_find(core, worker, handle, &e);
+    if (!s)
+        return e;
+    if (s->writer != worker)
+        return PKV_ERR_NOT_WRITER;
+    if (s->state && s->state != state)
+        return PKV_ERR_STATE_EXISTS; /* blocks may be shared: what is signed one way stays so */
+    seq_publish_state(s, state);
+    return PKV_ERR_OK;
+}
+
+bool core_state_used(const struct core *core, uint32_t model, uint32_t state)
+{
+    for (uint32_t i = 0; i < core->seq_end; i++)
+        if (core->seqs[i].live && core->seqs[i].model == model && core->seqs[i].state == state)
+            return true;
+    return false;
 }
 
 static enum pkv_err seq_alloc(struct core *core, struct seq *s)
@@ -114,6 +143,7 @@ enum pkv_err core_seq_create(struct core *core, uint32_t worker, const struct pk
         seq_make(core, worker, op->model, op->max_tokens, op->flags & PKV_SEQ_PERSISTENT, (const char *)op->label, &index);
     if (e != PKV_ERR_OK)
         return e;
+    seq_publish_state(&core->seqs[index], op->state);
     *ret_handle = pkv_handle(index, core->seqs[index].gen);
     *ret_table = core->seqs[index].table_offset;
     return PKV_ERR_OK;
