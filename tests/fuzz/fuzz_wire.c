@@ -20,7 +20,8 @@ static void fuzz_submission(const struct pkv_submission *s)
     if (pkv_check_submission(s, DATA_BYTES) != PKV_ERR_OK)
         return;
     must(s->op < PKV_OP_COUNT && !s->flags && !s->reserved);
-    must(s->layer < PKV_LAYERS_MAX || (s->layer == PKV_LAYER_ALL && s->op == PKV_OP_GRANT));
+    must(s->layer < PKV_LAYERS_MAX ||
+         (s->layer == PKV_LAYER_ALL && (s->op == PKV_OP_GRANT || s->op == PKV_OP_TRUNCATE)));
     const union pkv_payload *u = &s->u;
     if (s->op == PKV_OP_APPEND)
         must(u->append.data_off + u->append.data_bytes <= DATA_BYTES &&
@@ -33,6 +34,8 @@ static void fuzz_submission(const struct pkv_submission *s)
              (uint64_t)u->read.first_block + u->read.count <= PKV_SEQ_BLOCKS_MAX);
     if (s->op == PKV_OP_SEAL)
         must(u->seal.count && (uint64_t)u->seal.first_block + u->seal.count <= PKV_SEQ_BLOCKS_MAX);
+    if (s->op == PKV_OP_SIGNED)
+        must(u->signed_.state == 1);
     if (s->op == PKV_OP_SEQ_CREATE)
         must(u->create.max_tokens && u->create.max_tokens <= PKV_SEQ_TOKENS_MAX &&
              memchr(u->create.label, 0, sizeof(u->create.label)));

@@ -1,10 +1,8 @@
 /* The online audit end to end: samples equal pkv_audit, find a planted bad selection and nothing in a good one, hold while
  * sequences are cut under them, and are what `pivotkv stat` shows. */
-#include "tests/integration/service.h"
+#include "tests/integration/stat.h"
 
 #include <errno.h>
-#include <jansson.h>
-#include <stdbool.h>
 
 /* One layer and one kv head: every sample of the same query is the same number. */
 enum { ONE = DIM, TOKENS = 1500 };
@@ -42,51 +40,9 @@ static struct pkv_seq *open_one(struct pkv *kv, const char *name, uint32_t bits,
     return seq;
 }
 
-/* stat as the CLI prints it. */
-static json_t *stat_json(void)
-{
-    char command[512];
-    const char *cli = getenv("PIVOTKV_CLI");
-    assert_non_null(cli);
-    snprintf(command, sizeof(command), "'%s' stat --format json --socket '%s'", cli, daemon_.socket);
-    FILE *f = popen(command, "r");
-    assert_non_null(f);
-    json_t *o = json_loadf(f, 0, NULL);
-    assert_int_equal(pclose(f), 0);
-    assert_non_null(o);
-    return o;
-}
-
 static uint64_t total(const char *name)
 {
-    json_t *o = stat_json(), *n = json_object_get(json_object_get(o, "totals"), name);
-    assert_true(json_is_integer(n));
-    uint64_t value = (uint64_t)json_integer_value(n);
-    json_decref(o);
-    return value;
-}
-
-struct quality {
-    uint64_t samples;
-    double mass, error;
-    bool alarm;
-};
-
-static struct quality quality(const char *name)
-{
-    json_t *o = stat_json(), *m;
-    struct quality q = {0};
-    size_t i;
-    json_array_foreach(json_object_get(o, "models"), i, m)
-    {
-        const json_t *x = json_object_get(m, "quality");
-        if (!strcmp(json_string_value(json_object_get(m, "name")), name))
-            q = (struct quality){(uint64_t)json_integer_value(json_object_get(x, "samples")),
-                                 json_number_value(json_object_get(x, "mass")), json_number_value(json_object_get(x, "error")),
-                                 json_is_true(json_object_get(x, "alarm"))};
-    }
-    json_decref(o);
-    return q;
+    return stat_number(&daemon_, "totals", name);
 }
 
 /* Attends until the totals have `more` further samples. */
@@ -105,10 +61,10 @@ static void attend_until(struct pkv *kv, struct pkv_seq *seq, const float *q, co
 }
 
 /* Waits until the daemon has looked at what was counted. */
-static struct quality settled(const char *name, uint64_t samples)
+static struct stat_quality settled(const char *name, uint64_t samples)
 {
-    struct quality q = quality(name);
-    for (int i = 0; i < 50 && q.samples < samples; i++, q = quality(name))
+    struct stat_quality q = stat_quality(&daemon_, name);
+    for (int i = 0; i < 50 && q.samples < samples; i++, q = stat_quality(&daemon_, name))
         usleep(100000);
     return q;
 }
@@ -156,7 +112,7 @@ static void test_samples_equal_audits(void **state)
         assert_int_equal(total("sample_mass_ppm") - mass_sum, samples * (uint64_t)(mass * 1e6));
         assert_int_equal(total("sample_error_ppm") - error_sum, samples * (uint64_t)(error * 1e6));
     }
-    struct quality all = settled("equal", 10);
+    struct stat_quality all = settled("equal", 10);
     assert_true(all.samples >= 10);
 }
 
@@ -171,7 +127,7 @@ static void test_alarm(void **state)
     good_text(k, v, q);
     GOOD(kv, pkv_append(seq, 0, TOKENS, k, v));
     attend_until(kv, seq, q, &b, 60);
-    struct quality quiet = settled("alarm", 60);
+    struct stat_quality quiet = settled("alarm", 60);
     assert_true(quiet.samples >= 60 && !quiet.alarm && quiet.error < 0.05);
     uint64_t alarms = total("samples_dropped"); /* none were */
     assert_int_equal(alarms, 0);
@@ -179,13 +135,13 @@ static void test_alarm(void **state)
     bad_text(k, v, q);
     GOOD(kv, pkv_append(other, 0, TOKENS, k, v));
     attend_until(kv, other, q, &b, 200);
-    struct quality loud = settled("alarm", 260);
+    struct stat_quality loud = settled("alarm", 260);
     assert_true(loud.alarm && loud.error > 0.2);
     good_text(k, v, q);
     attend_until(kv, seq, q, &b, 300);
-    struct quality again = settled("alarm", 560);
+    struct stat_quality again = settled("alarm", 560);
     assert_true(!again.alarm && again.error < 0.16);
-    json_t *o = stat_json(), *c = json_object_get(o, "counters");
+    json_t *o = stat_json(&daemon_, "stat"), *c = json_object_get(o, "counters");
     assert_int_equal(json_integer_value(json_object_get(c, "quality_alarms")), 1);
     assert_int_equal(json_integer_value(json_object_get(c, "quality_cleared")), 1);
     assert_int_equal(json_integer_value(json_object_get(json_object_get(o, "audit"), "alarms")), 0);

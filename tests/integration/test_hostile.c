@@ -271,6 +271,54 @@ static void test_random_operations(void **state)
     all_is_well();
 }
 
+static enum pkv_err answer(struct raw *r, uint32_t *tail, uint32_t *head, struct pkv_submission s, uint64_t *ret_value)
+{
+    struct pkv_completion c = {.err = PKV_ERR_COUNT};
+    assert_true(pkv_sq_push(r->region, tail, &s));
+    kick(r);
+    for (int i = 0; i < 5000 && !pkv_cq_pop(r->region, head, &c); i++)
+        usleep(1000);
+    pkv_store32(&r->region->cq_head.value, *head);
+    *ret_value = c.value0;
+    return c.err;
+}
+
+/* States that nobody put, that nobody asked for, of models that are not there; samples that cannot be. */
+static void test_states_and_sums(void **state)
+{
+    (void)state;
+    struct raw r = raw_worker();
+    struct pkv_reply reply;
+    uint32_t tail = 0, head = 0;
+    uint64_t handle, ignored;
+    int fds[4];
+    for (uint32_t i = 0; i < 200; i++) {
+        const uint32_t models[] = {r.model, 63, 64, UINT32_MAX, any()}, numbers[] = {0, 2, 3, UINT32_MAX, any() | 2};
+        struct pkv_state_request wish = {.magic = PKV_MAGIC,
+                                      .message = i % 2 ? PKV_MSG_STATE_PUT : PKV_MSG_STATE_GET,
+                                      .model = models[any() % 5],
+                                      .state = numbers[any() % 5]};
+        uint32_t e = ask(r.fd, &wish, sizeof(wish), &reply, fds);
+        assert_true(e == PKV_ERR_NO_MODEL || e == (i % 2 ? PKV_ERR_INVALID : PKV_ERR_NO_STATE));
+        assert_int_equal(fds[0], -1);
+    }
+    struct pkv_submission create = {.op = PKV_OP_SEQ_CREATE, .u.create = {.model = r.model, .max_tokens = 64, .state = 1}};
+    assert_int_equal(answer(&r, &tail, &head, create, &handle), PKV_ERR_NO_STATE);
+    create.u.create.state = 0;
+    assert_int_equal(answer(&r, &tail, &head, create, &handle), PKV_ERR_OK);
+    struct pkv_submission done = {.op = PKV_OP_SIGNED, .seq = handle, .u.signed_ = {.state = 1}};
+    assert_int_equal(answer(&r, &tail, &head, done, &ignored), PKV_ERR_NO_STATE);
+    done.seq++;
+    assert_int_not_equal(answer(&r, &tail, &head, done, &ignored), PKV_ERR_OK);
+    for (int round = 0; round < 4; round++) {
+        for (uint32_t m = 0; m < PKV_MODELS_MAX; m++)
+            r.region->quality[m] = (struct pkv_model_quality){round ? any() : UINT64_MAX, UINT64_MAX, UINT64_MAX, round % 2};
+        usleep(150000); /* the daemon looks at it */
+        all_is_well();
+    }
+    raw_close(&r);
+}
+
 /* A worker that fills its ring and reaps nothing costs the others nothing. */
 static void test_worker_that_does_not_reap(void **state)
 {
@@ -338,13 +386,10 @@ static void test_daemon_of_another_version(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_bad_hellos),
-        cmocka_unit_test(test_random_messages),
-        cmocka_unit_test(test_random_region),
-        cmocka_unit_test(test_random_operations),
-        cmocka_unit_test(test_worker_that_does_not_reap),
-        cmocka_unit_test(test_silent_connections),
-        cmocka_unit_test(test_daemon_of_another_version),
+        cmocka_unit_test(test_bad_hellos),         cmocka_unit_test(test_random_messages),
+        cmocka_unit_test(test_random_region),      cmocka_unit_test(test_random_operations),
+        cmocka_unit_test(test_states_and_sums),    cmocka_unit_test(test_worker_that_does_not_reap),
+        cmocka_unit_test(test_silent_connections), cmocka_unit_test(test_daemon_of_another_version),
     };
     return cmocka_run_group_tests(tests, start, stop);
 }

@@ -353,6 +353,45 @@ static void test_truncate(void **state)
     assert_int_equal(e, PKV_ERR_INVALID);
 }
 
+static void test_states(void **state)
+{
+    (void)state;
+    start(4, 8);
+    struct pkv_table *t, *other;
+    struct pkv_op_create op = {.model = model, .max_tokens = 64, .state = 3};
+    struct pkv_op_fork whole = {0};
+    uint64_t h = create(4, 0, &t), handle, table;
+    uint32_t bob;
+    enum pkv_err e;
+    assert_int_equal(t->state, 0);
+    assert_true(core_state_used(core, model, 0));
+    assert_false(core_state_used(core, model, 1) || core_state_used(core, model + 1, 0));
+    /* A fork has its parent's state, whatever becomes of that later. */
+    assert_true(core_seq_fork(core, 0, alice, 1, h, &whole, &e, &handle, &table));
+    assert_int_equal(e, PKV_ERR_OK);
+    assert_int_equal(core_seq_signed(core, alice, h, 1), PKV_ERR_OK);
+    assert_int_equal(t->state, 1);
+    assert_int_equal(((struct pkv_table *)(uintptr_t)table)->state, 0);
+    assert_true(core_seq_fork(core, 0, alice, 1, h, &whole, &e, &handle, &table));
+    assert_int_equal(((struct pkv_table *)(uintptr_t)table)->state, 1);
+    /* Once, and by its writer alone. */
+    assert_int_equal(core_seq_signed(core, alice, h, 1), PKV_ERR_OK);
+    assert_int_equal(core_seq_signed(core, alice, h, 2), PKV_ERR_STATE_EXISTS);
+    assert_int_equal(core_seq_create(core, alice, &op, &handle, &table), PKV_ERR_OK);
+    other = (struct pkv_table *)(uintptr_t)table;
+    assert_int_equal(other->state, 3);
+    assert_int_equal(core_seq_signed(core, alice, handle, 1), PKV_ERR_STATE_EXISTS);
+    assert_int_equal(core_worker_join(core, "", &bob), PKV_ERR_OK);
+    assert_int_equal(core_seq_signed(core, bob, h, 1), PKV_ERR_NOT_OPEN);
+    uint64_t tokens;
+    assert_int_equal(core_seq_open(core, bob, h, &tokens, &table), PKV_ERR_OK);
+    assert_int_equal(core_seq_signed(core, bob, h, 1), PKV_ERR_NOT_WRITER);
+    assert_true(core_state_used(core, model, 3));
+    assert_int_equal(core_seq_close(core, alice, handle), PKV_ERR_OK);
+    assert_false(core_state_used(core, model, 3));
+    assert_int_equal(core_seq_signed(core, alice, handle, 1), PKV_ERR_STALE);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -360,6 +399,7 @@ int main(void)
         cmocka_unit_test_teardown(test_fork_shares_and_copies, stop),
         cmocka_unit_test_teardown(test_fork_that_fails_leaves_nothing, stop),
         cmocka_unit_test_teardown(test_truncate, stop),
+        cmocka_unit_test_teardown(test_states, stop),
         cmocka_unit_test_teardown(test_full_pool_is_bounded, stop),
         cmocka_unit_test_teardown(test_full_arena, stop),
         cmocka_unit_test_teardown(test_refusals, stop),

@@ -222,6 +222,42 @@ static void test_state(void **state)
     free(k), free(q), free(good), free(bad);
 }
 
+/* Gathered now and solved later gives what solving at once gives. */
+static void test_deferred(void **state)
+{
+    (void)state;
+    float *k = vectors(9, (uint64_t)TOKENS * KV, 0.95f), *q = vectors(10, (uint64_t)TOKENS * Q, 0.9f);
+    struct gpu_scheme *now = calibrated(k, q), *later = open_scheme(PKV_SCHEME_CODE);
+    assert_null(now->moments); /* they are large, and nothing needs them any more */
+    gpu_scheme_defer(later);
+    for (uint32_t l = 0; l < LAYERS; l++) {
+        assert_false(gpu_scheme_gathered(later));
+        show(later, l, 0, TOKENS, k, NULL);
+        show(later, l, 0, TOKENS, NULL, q);
+        assert_int_not_equal(later->learnt[l], SCHEME_SOLVED);
+    }
+    assert_true(gpu_scheme_gathered(later) && !gpu_scheme_settled(later));
+    assert_int_equal(gpu_scheme_solve(later), 0);
+    assert_true(gpu_scheme_settled(later) && !later->moments);
+    uint64_t bytes = gpu_scheme_state_bytes(now);
+    char *a = malloc(bytes), *b = malloc(bytes);
+    assert_non_null(a), assert_non_null(b);
+    gpu_scheme_state_export(now, a), gpu_scheme_state_export(later, b);
+    assert_memory_equal(a, b, bytes);
+    gpu_scheme_close(now), gpu_scheme_close(later);
+    /* Nothing can be solved from zeros, and from too little. */
+    memset(k, 0, (uint64_t)TOKENS * KV * DIM * sizeof(*k)), memset(q, 0, (uint64_t)TOKENS * Q * DIM * sizeof(*q));
+    for (uint32_t tokens = 100; tokens <= TOKENS; tokens += TOKENS - 100) {
+        later = open_scheme(PKV_SCHEME_CODE);
+        gpu_scheme_defer(later);
+        for (uint32_t l = 0; l < LAYERS; l++)
+            show(later, l, 0, tokens, k, q);
+        assert_int_equal(gpu_scheme_solve(later), -PKV_ERR_NOT_FINITE);
+        gpu_scheme_close(later);
+    }
+    free(a), free(b), free(k), free(q);
+}
+
 /* Numbers that nothing can be solved from: not finite is not taken in, all the same gives the layer to `sign`. */
 static void test_nothing_to_solve(void **state)
 {
@@ -256,6 +292,7 @@ int main(void)
         cmocka_unit_test(test_maps),           cmocka_unit_test(test_better_than_sign),
         cmocka_unit_test(test_sign_meanwhile), cmocka_unit_test(test_positions),
         cmocka_unit_test(test_state),          cmocka_unit_test(test_nothing_to_solve),
+        cmocka_unit_test(test_deferred),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
