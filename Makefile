@@ -34,6 +34,12 @@ demo: build venv
 quality: build venv
 	$(VENV)/bin/python tests/quality/quality.py --build-dir $(BUILD) $(QUALITY_ARGS)
 
+# The Python package with the C library inside.
+wheel: build venv
+	PIVOTKV_LIBRARY=$(abspath $(BUILD))/client/libpivotkv.so $(VENV)/bin/python -m pip wheel --quiet --disable-pip-version-check \
+	  --no-build-isolation --no-deps --no-index --wheel-dir $(BUILD)/wheel client/python
+	@ls $(BUILD)/wheel/*.whl
+
 bench: build
 	$(BUILD)/client/cli/pivotkv bench $(BENCH_ARGS)
 
@@ -43,4 +49,4 @@ install: build
 clean:
 	rm -rf $(BUILD) build-asan build-tsan build-ci
 
-.PHONY: all setup configure build venv test demo quality bench install clean
+.PHONY: all setup configure build venv test demo quality wheel bench install clean

@@ -64,8 +64,14 @@ def load() -> c.CDLL:
     path = os.environ.get("PIVOTKV_LIBRARY") or (str(beside) if beside.exists() else c.util.find_library("pivotkv"))
     if not path:
         raise ImportError("libpivotkv is not found: install it, or set PIVOTKV_LIBRARY to libpivotkv.so")
-    library = c.CDLL(path)
-    for name, (result, arguments) in _PROTOTYPES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+    try:
+        library = c.CDLL(path)
+        for name, (result, arguments) in _PROTOTYPES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except OSError as error:
+        raise ImportError(f"libpivotkv cannot be loaded: {error}. It needs OpenBLAS, jansson and xxhash of the system "
+                          "(Debian and Ubuntu: libopenblas0 libjansson4 libxxhash0)") from None
+    except AttributeError as error:
+        raise ImportError(f"{path} is of another version than the package: {error}") from None
     return library
