@@ -2,21 +2,6 @@
 #include "cachesvc/optable.h"
 #include "cachesvc/served.h"
 
-static void write_signatures(struct served *s, const struct gpu_space *space, const char *from)
-{
-    const struct pkv_op_append *a = &s->submission.u.append;
-    const struct pkv_geom *g = &s->geom;
-    uint32_t words = pkv_geom_words(g);
-    for (uint64_t t = a->first_token; t < a->first_token + a->tokens; t++) {
-        uint64_t place = s->blocks[t / PKV_BLOCK_TOKENS].signatures;
-        uint64_t base = space->base[pkv_place_tier(place)][pkv_place_chunk(place)];
-        uint32_t *to = (uint32_t *)(uintptr_t)pkv_place_address(base, place, pkv_geom_sig_block_bytes(g));
-        for (uint32_t h = 0; h < g->kv_heads; h++, from += words * 4ull)
-            for (uint32_t w = 0; w < words; w++)
-                memcpy(&to[pkv_geom_sig_index(g, h, (uint32_t)(t % PKV_BLOCK_TOKENS), w)], from + w * 4ull, 4);
-    }
-}
-
 static void work(struct served *s)
 {
     struct daemon *d = s->worker->daemon;
@@ -31,8 +16,13 @@ static void work(struct served *s)
                                    .k = data + at.k,
                                    .v = data + at.v};
     int r = a->flags & PKV_APPEND_SIGNATURES ? 0 : gpu_append(d->gpu, &args);
-    if (!r)
-        write_signatures(s, &args.space, data + at.signatures);
+    struct gpu_signatures_args signatures = {.geom = &s->geom,
+                                             .space = args.space,
+                                             .blocks = s->blocks,
+                                             .first_token = a->first_token,
+                                             .tokens = a->tokens,
+                                             .signatures = data + at.signatures};
+    r = r ? r : gpu_put_signatures(d->gpu, &signatures);
     s->err = (enum pkv_err) - r;
 }
 

@@ -5,13 +5,14 @@
 static void work(struct served *s)
 {
     const struct pkv_op_read *r = &s->submission.u.read;
-    uint64_t bytes = pkv_geom_block_bytes(&s->geom);
-    struct gpu_space space = memory_space(&s->worker->daemon->memory);
-    char *to = worker_data(s->worker) + r->out_off;
-    for (uint32_t b = r->first_block; b < r->first_block + r->count; b++, to += bytes) {
-        uint64_t place = s->blocks[b].rows, base = space.base[pkv_place_tier(place)][pkv_place_chunk(place)];
-        memcpy(to, (const void *)(uintptr_t)pkv_place_address(base, place, bytes), bytes);
-    }
+    struct daemon *d = s->worker->daemon;
+    struct gpu_read_args args = {.geom = &s->geom,
+                                 .space = memory_space(&d->memory),
+                                 .blocks = s->blocks,
+                                 .first_block = r->first_block,
+                                 .count = r->count,
+                                 .ret_rows = worker_data(s->worker) + r->out_off};
+    s->err = (enum pkv_err) - gpu_read(d->gpu, &args);
 }
 
 void op_read(struct worker *w, const struct pkv_submission *s)

@@ -49,16 +49,9 @@ static int staging_sign(struct pkv_seq *seq, uint32_t layer, const struct stagin
     return gpu_sign(m->kv->gpu, &args);
 }
 
-/* From the blocks' order into [tokens][kv_heads][words]. */
 static void signatures_out(const struct pkv_geom *g, const struct staging *s, uint32_t first, uint32_t tokens, char *to)
 {
-    uint32_t words = pkv_geom_words(g);
-    for (uint32_t t = first; t < first + tokens; t++) {
-        const char *block = (const char *)(uintptr_t)s->base[1] + t / PKV_BLOCK_TOKENS * pkv_geom_sig_block_bytes(g);
-        for (uint32_t h = 0; h < g->kv_heads; h++)
-            for (uint32_t w = 0; w < words; w++, to += 4)
-                memcpy(to, block + 4ull * pkv_geom_sig_index(g, h, t % PKV_BLOCK_TOKENS, w), 4);
-    }
+    gpu_signatures_list(g, (const void *)(uintptr_t)s->base[1], first, tokens, to);
 }
 
 static int send_append(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t tokens, uint32_t flags, uint64_t bytes)

@@ -1,4 +1,5 @@
-/* Append: rows into granted blocks, then their signatures. */
+/* Append: rows into granted blocks, then their signatures; and blocks as they lie. */
+#include "gpu/module.h"
 #include "gpu/scheme.h"
 
 #include "proto/check.h"
@@ -71,6 +72,8 @@ int gpu_append(struct gpu *gpu, const struct gpu_append_args *a)
     int r = check_append(a->geom, &a->space, a->blocks, a->first_token, a->tokens, false);
     if (r)
         return r;
+    if (gpu->backend)
+        return gpu->backend->append(gpu->device, a);
     uint64_t head_bytes = (uint64_t)a->geom->head_dim * pkv_dtype_bytes(a->geom->dtype);
     uint64_t dense = head_bytes * a->geom->kv_heads;
     struct append p = {
@@ -108,6 +111,13 @@ static void sign_block(void *context, uint64_t i, uint32_t thread)
     }
 }
 
+int host_sign(struct gpu *gpu, const struct gpu_sign_args *a)
+{
+    struct sign p = {gpu, a};
+    gpu_team_run(&gpu->team, sign_block, &p, blocks_of(a->first_token, a->tokens));
+    return 0;
+}
+
 int gpu_sign(struct gpu *gpu, const struct gpu_sign_args *a)
 {
     int r = check_append(a->geom, &a->space, a->blocks, a->first_token, a->tokens, true);
@@ -115,7 +125,43 @@ int gpu_sign(struct gpu *gpu, const struct gpu_sign_args *a)
         return r;
     if (a->layer >= a->geom->layers)
         return -PKV_ERR_INVALID;
-    struct sign p = {gpu, a};
-    gpu_team_run(&gpu->team, sign_block, &p, blocks_of(a->first_token, a->tokens));
+    if (!gpu->backend)
+        return host_sign(gpu, a);
+    return a->scheme->kind == PKV_SCHEME_HASH ? staged_sign(gpu, a) : gpu->backend->sign(gpu->device, a);
+}
+
+int gpu_put_signatures(struct gpu *gpu, const struct gpu_signatures_args *a)
+{
+    const struct pkv_geom *g = a->geom;
+    int r = check_append(g, &a->space, a->blocks, a->first_token, a->tokens, true);
+    if (r)
+        return r;
+    if (gpu->backend)
+        return gpu->backend->put_signatures(gpu->device, a);
+    const char *from = a->signatures;
+    for (uint64_t t = a->first_token; t < a->first_token + a->tokens; t++) {
+        uint64_t place = a->blocks[t / PKV_BLOCK_TOKENS].signatures;
+        uint32_t *to = (uint32_t *)(uintptr_t)gpu_place(&a->space, place, pkv_geom_sig_block_bytes(g));
+        for (uint32_t h = 0; h < g->kv_heads; h++)
+            for (uint32_t w = 0; w < pkv_geom_words(g); w++, from += 4)
+                memcpy(&to[pkv_geom_sig_index(g, h, (uint32_t)(t % PKV_BLOCK_TOKENS), w)], from, 4);
+    }
+    return 0;
+}
+
+int gpu_read(struct gpu *gpu, const struct gpu_read_args *a)
+{
+    uint64_t rows = pkv_geom_block_bytes(a->geom), signatures = pkv_geom_sig_block_bytes(a->geom);
+    if (!gpu_places_mapped(&a->space, a->blocks, a->first_block, a->count, a->ret_signatures != NULL))
+        return -PKV_ERR_RANGE;
+    if (gpu->backend)
+        return gpu->backend->read(gpu->device, a);
+    for (uint32_t i = 0; i < a->count; i++) {
+        const struct pkv_block_ref *ref = &a->blocks[a->first_block + i];
+        if (a->ret_rows)
+            memcpy((char *)a->ret_rows + i * rows, gpu_place(&a->space, ref->rows, rows), rows);
+        if (a->ret_signatures)
+            memcpy((char *)a->ret_signatures + i * signatures, gpu_place(&a->space, ref->signatures, signatures), signatures);
+    }
     return 0;
 }

@@ -1,7 +1,6 @@
-/* Attention over lists of rows, over everything, and the whole attend of direct mode. */
+/* Attention over lists of rows, and over everything. */
 #include "gpu/internal.h"
-
-#include "proto/check.h"
+#include "gpu/module.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -72,6 +71,14 @@ static void attend_one(void *context, uint64_t item, uint32_t thread)
 
 int gpu_attend_rows(struct gpu *gpu, const struct gpu_select_args *a, const struct gpu_rows *rows, const void *gathered,
                     float *out, float *lse)
+{
+    /* Gathered rows are on the CPU already, and so is who asks for one list after the other. */
+    return gpu->backend && !gathered ? staged_attend_rows(gpu, a, rows, out, lse)
+                                     : host_attend_rows(gpu, a, rows, gathered, out, lse);
+}
+
+int host_attend_rows(struct gpu *gpu, const struct gpu_select_args *a, const struct gpu_rows *rows, const void *gathered,
+                     float *out, float *lse)
 {
     uint64_t begin = gpu_now_ns();
     struct attend p = {.gpu = gpu,
@@ -214,6 +221,8 @@ int gpu_dense(struct gpu *gpu, const struct gpu_dense_args *a)
         r = -PKV_ERR_SHAPE;
     if (r)
         return r;
+    if (gpu->backend)
+        return gpu->backend->dense(gpu->device, a);
     uint64_t begin = gpu_now_ns();
     struct dense p = {.gpu = gpu, .a = a, .scale = gpu_scale(a->scale, a->geom)};
     uint32_t queries = gpu_queries(a->views, a->seqs);
@@ -228,76 +237,4 @@ int gpu_dense(struct gpu *gpu, const struct gpu_dense_args *a)
         a->explain->attend_ns += gpu_now_ns() - begin;
     }
     return 0;
-}
-
-/* ---- the whole attend ---- */
-
-static int attend_dense(struct gpu *gpu, const struct gpu_attend_args *a, const struct gpu_view *view, const void *q,
-                        float *out, float *lse)
-{
-    uint64_t heads = (uint64_t)view->queries * a->geom->q_heads;
-    float *state = gpu_buffer_get(&gpu->shared[GPU_SHARED_STATE], 2 * heads * sizeof(float));
-    if (!state)
-        return -PKV_ERR_NO_MEMORY;
-    struct gpu_dense_args dense = {.geom = a->geom,
-                                   .space = a->space,
-                                   .scale = a->policy.scale,
-                                   .seqs = 1,
-                                   .views = view,
-                                   .q = q,
-                                   .blocks = UINT32_MAX,
-                                   .start = true,
-                                   .finish = true,
-                                   .out = out,
-                                   .max = state,
-                                   .sum = state + heads,
-                                   .lse = lse,
-                                   .explain = a->explain};
-    return gpu_dense(gpu, &dense);
-}
-
-static int attend_sparse(struct gpu *gpu, const struct gpu_attend_args *a, const struct gpu_view *view, const void *q,
-                         float *out, float *lse)
-{
-    const struct pkv_geom *g = a->geom;
-    uint64_t heads = (uint64_t)view->queries * g->q_heads, lists = (uint64_t)view->queries * g->kv_heads;
-    struct gpu_rows rows = {.rows_max = a->policy.sinks + a->policy.recent + a->policy.k};
-    int8_t *weights = gpu_buffer_get(&gpu->shared[GPU_SHARED_WEIGHTS], heads * g->sig_bits);
-    float *scales = gpu_buffer_get(&gpu->shared[GPU_SHARED_SCALES], heads * sizeof(float));
-    rows.count = gpu_buffer_get(&gpu->shared[GPU_SHARED_ROWS], (lists + lists * rows.rows_max) * sizeof(uint32_t));
-    if (!weights || !scales || !rows.count)
-        return -PKV_ERR_NO_MEMORY;
-    rows.index = rows.count + lists;
-    uint64_t begin = gpu_now_ns();
-    struct gpu_weights_args sign = {g, a->scheme, a->layer, view->queries, a->policy.scale, q, weights, scales};
-    int r = gpu_weights(gpu, &sign);
-    if (r)
-        return r;
-    if (a->explain)
-        a->explain->sign_ns += gpu_now_ns() - begin;
-    struct gpu_select_args select = {g, a->space, a->policy, 1, view, q, weights, scales, a->explain};
-    r = gpu_select(gpu, &select, &rows);
-    return r ? r : gpu_attend_rows(gpu, &select, &rows, NULL, out, lse);
-}
-
-int gpu_attend(struct gpu *gpu, const struct gpu_attend_args *a)
-{
-    int r = gpu_check_views(gpu, a->geom, &a->space, a->seqs, a->views, a->q, true);
-    if (r)
-        return r;
-    uint64_t done = 0, q_bytes = (uint64_t)a->geom->head_dim * pkv_dtype_bytes(a->geom->dtype);
-    for (uint32_t s = 0; s < a->seqs && !r; s++) {
-        const struct gpu_view *view = &a->views[s];
-        const void *q = (const char *)a->q + done * a->geom->q_heads * q_bytes;
-        float *out = a->out + done * a->geom->q_heads * a->geom->head_dim;
-        float *lse = a->lse ? a->lse + done * a->geom->q_heads : NULL;
-        bool dense =
-            view->tokens < a->policy.dense_below || view->tokens <= (uint64_t)a->policy.sinks + a->policy.recent + a->policy.k;
-        /* A k of nothing or beyond the length is the caller's mistake, unless the sequence is dense by its own wish. */
-        if (dense && view->tokens >= a->policy.dense_below && (!a->policy.k || a->policy.k > view->tokens))
-            return a->policy.k ? -PKV_ERR_BUDGET_LENGTH : -PKV_ERR_BUDGET;
-        r = dense ? attend_dense(gpu, a, view, q, out, lse) : attend_sparse(gpu, a, view, q, out, lse);
-        done += view->queries;
-    }
-    return r;
 }

@@ -1,5 +1,6 @@
 /* Opening, choice of kernels, checks that every entry shares. */
 #include "gpu/internal.h"
+#include "gpu/module.h"
 
 #include "proto/check.h"
 
@@ -50,9 +51,26 @@ static uint32_t cpus(void)
     return PKV_MIN((uint32_t)CPU_COUNT(&set), GPU_THREADS_MAX);
 }
 
+static int open_device(struct gpu *gpu, struct gpu_device *device)
+{
+    const struct gpu_module *m = gpu_module_get();
+    if (!m)
+        return -PKV_ERR_GPU_MODULE;
+    if (!m->backend || !device)
+        return -PKV_ERR_GPU_DEVICE;
+    int r = m->backend->open(device, &gpu->device);
+    if (r)
+        return r;
+    gpu->backend = m->backend;
+    snprintf(gpu->description, sizeof(gpu->description), "cuda %s, host %s", gpu_device_about(device)->name,
+             gpu->kernels->name);
+    return 0;
+}
+
 int gpu_open(const struct gpu_options *options, struct gpu **ret)
 {
-    if (options->backend && strcmp(options->backend, "host"))
+    bool cuda = options->backend && !strcmp(options->backend, "cuda");
+    if (options->backend && !cuda && strcmp(options->backend, "host"))
         return -PKV_ERR_UNSUPPORTED;
     const struct gpu_kernels *kernels = gpu_kernels_choose(options->isa);
     if (!kernels)
@@ -64,12 +82,15 @@ int gpu_open(const struct gpu_options *options, struct gpu **ret)
         return -PKV_ERR_NO_MEMORY;
     gpu->kernels = kernels;
     uint32_t threads = options->threads ? options->threads : cpus();
-    int r = gpu_team_start(&gpu->team, threads);
+    snprintf(gpu->description, sizeof(gpu->description), "host %s, %u threads", kernels->name, threads);
+    int r = cuda ? open_device(gpu, options->device) : 0;
+    r = r ? r : gpu_team_start(&gpu->team, threads);
     if (r) {
+        if (gpu->backend)
+            gpu->backend->close(gpu->device);
         free(gpu);
         return r;
     }
-    snprintf(gpu->description, sizeof(gpu->description), "host %s, %u threads", kernels->name, threads);
     *ret = gpu;
     return 0;
 }
@@ -79,6 +100,8 @@ void gpu_close(struct gpu *gpu)
     if (!gpu)
         return;
     gpu_team_stop(&gpu->team);
+    if (gpu->backend)
+        gpu->backend->close(gpu->device);
     for (uint32_t t = 0; t < GPU_THREADS_MAX; t++)
         for (uint32_t p = 0; p < GPU_BUF_PURPOSES; p++)
             free(gpu->buffers[t][p].data);

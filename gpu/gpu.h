@@ -1,6 +1,10 @@
-/* The door of gpu: arrays into arrays. A backend (`host`, later `cuda`) fills one table of kernels; everything above it
- * is plain C. Nothing here prints, exits, or knows of sockets. Functions return 0 or -enum pkv_err (negated error id,
- * so that the caller has the sentence: pkv_err_text(-r), pkv_err_status(-r)).
+/* The door of gpu: arrays into arrays, on the CPU (`host`) or on a GPU (`cuda`, where the module and a device are). Nothing
+ * here prints, exits, or knows of sockets. Functions return 0 or -enum pkv_err (negated error id, so that the caller has the
+ * sentence: pkv_err_text(-r), pkv_err_status(-r)).
+ *
+ * Arrays are the caller's, in CPU memory, whatever the backend; what a place names is the backend's: a gpu_space holds
+ * addresses of the CPU on `host`, of the device on `cuda`. A call returns when its work is done. On `cuda` every wait has a
+ * bound; a device that does not answer counts as lost: -PKV_ERR_GPU_LOST, from then on.
  *
  * A struct gpu belongs to one thread at a time; it owns its worker threads and its workspace. */
 #ifndef GPU_GPU_H
@@ -15,12 +19,14 @@
 PKV_EXTERN_C_BEGIN
 
 struct gpu;
+struct gpu_device;
 struct gpu_scheme;
 
 struct gpu_options {
-    const char *backend; /* "host"; NULL: the best there is */
-    const char *isa;     /* host: "c", "avx2", "avx512"; NULL: the best that the CPU has */
-    uint32_t threads;    /* host: 1..64; 0: one per CPU that the process may use */
+    const char *backend;       /* "host" or "cuda"; NULL: "host" */
+    const char *isa;           /* host: "c", "avx2", "avx512"; NULL: the best that the CPU has */
+    uint32_t threads;          /* host: 1..64; 0: one per CPU that the process may use */
+    struct gpu_device *device; /* cuda: the one to use (gpu/device.h), open longer than this */
 };
 
 int gpu_open(const struct gpu_options *options, struct gpu **ret);
@@ -83,6 +89,31 @@ struct gpu_sign_args {
     uint32_t tokens;
 };
 int gpu_sign(struct gpu *gpu, const struct gpu_sign_args *args);
+
+/* Signatures that were made elsewhere, [tokens][kv_heads][words], into blocks that are writable in `space`. */
+struct gpu_signatures_args {
+    const struct pkv_geom *geom;
+    struct gpu_space space;
+    const struct pkv_block_ref *blocks;
+    uint64_t first_token;
+    uint32_t tokens;
+    const void *signatures;
+};
+int gpu_put_signatures(struct gpu *gpu, const struct gpu_signatures_args *args);
+
+/* From signature blocks in CPU memory, one after the other, into that order: tokens [first, first + tokens) of them. */
+void gpu_signatures_list(const struct pkv_geom *geom, const void *blocks, uint32_t first, uint32_t tokens, void *ret);
+
+/* Whole blocks, as geom.h lays them out, one after the other. */
+struct gpu_read_args {
+    const struct pkv_geom *geom;
+    struct gpu_space space;
+    const struct pkv_block_ref *blocks; /* from block 0 of the layer */
+    uint32_t first_block, count;
+    void *ret_rows;       /* [count] blocks; NULL: not wanted */
+    void *ret_signatures; /* likewise */
+};
+int gpu_read(struct gpu *gpu, const struct gpu_read_args *args);
 
 /* ---- select and attend ---- */
 

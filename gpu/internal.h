@@ -42,11 +42,13 @@ enum gpu_purpose { GPU_BUF_CODES, GPU_BUF_HISTOGRAM, GPU_BUF_TABLES, GPU_BUF_POI
 enum gpu_shared { GPU_SHARED_WEIGHTS, GPU_SHARED_SCALES, GPU_SHARED_ROWS, GPU_SHARED_STATE, GPU_SHARED_COUNT };
 
 struct gpu {
-    const struct gpu_kernels *kernels;
+    const struct gpu_kernels *kernels; /* of the CPU, whatever the backend: it looks at queries and weighs them */
+    const struct gpu_backend *backend; /* NULL: host */
+    void *device;                      /* the backend's */
     struct gpu_team team;
     struct gpu_buffer buffers[GPU_THREADS_MAX][GPU_BUF_PURPOSES];
     struct gpu_buffer shared[GPU_SHARED_COUNT];
-    char description[64];
+    char description[128];
 };
 
 /* At least `bytes`, contents undefined; NULL without memory. */
@@ -59,6 +61,18 @@ static inline const char *gpu_place(const struct gpu_space *space, uint64_t plac
     uint64_t base = space->base[pkv_place_tier(place)][pkv_place_chunk(place)];
     return (const char *)(uintptr_t)pkv_place_address(base, place, slot_bytes);
 }
+
+/* append.c, select.c, attend.c, scheme.c: on the CPU, over memory that it can read. Arguments have been checked. */
+int host_sign(struct gpu *gpu, const struct gpu_sign_args *args);
+int host_select(struct gpu *gpu, const struct gpu_select_args *args, const struct gpu_rows *ret_rows);
+int host_attend_rows(struct gpu *gpu, const struct gpu_select_args *args, const struct gpu_rows *rows, const void *gathered,
+                     float *ret_out, float *ret_lse);
+
+/* staged.c: the same on a device's memory, by bringing what they read to the CPU. For what the device's kernels lack; slow. */
+int staged_sign(struct gpu *gpu, const struct gpu_sign_args *args);
+int staged_select(struct gpu *gpu, const struct gpu_select_args *args, const struct gpu_rows *ret_rows);
+int staged_attend_rows(struct gpu *gpu, const struct gpu_select_args *args, const struct gpu_rows *rows, float *ret_out,
+                       float *ret_lse);
 
 /* Every place of the first `blocks` entries lies in a mapped chunk. */
 bool gpu_places_mapped(const struct gpu_space *space, const struct pkv_block_ref *refs, uint32_t first, uint32_t blocks,

@@ -32,21 +32,22 @@ struct gpu_device_verbs {
     int (*poll)(struct gpu_device *device, uint64_t ticket);
 };
 
-/* The door functions of gpu.h on a device; arrays that are the caller's are host memory, places are the device's. A backend
- * embeds what it needs in a struct of its own. Owner: as of struct gpu. */
+/* The door functions of gpu.h on a device; arrays that are the caller's are host memory, places are the device's. Arguments
+ * have been checked, and what the kernels cannot do has been taken care of (gpu/staged.c). A backend embeds what it needs in a
+ * struct of its own. Owner: as of struct gpu. */
 struct gpu_backend {
-    int (*open)(struct gpu_device *device, const struct gpu_options *options, void **ret);
+    int (*open)(struct gpu_device *device, void **ret);
     void (*close)(void *backend);
-    const char *(*describe)(const void *backend);
     int (*append)(void *backend, const struct gpu_append_args *args);
-    int (*sign)(void *backend, const struct gpu_sign_args *args);
-    int (*weights)(void *backend, const struct gpu_weights_args *args);
+    int (*sign)(void *backend, const struct gpu_sign_args *args); /* any scheme but `hash` */
+    int (*put_signatures)(void *backend, const struct gpu_signatures_args *args);
+    int (*read)(void *backend, const struct gpu_read_args *args);
+    /* The softmax rule, every query with more tokens than its list holds. */
     int (*select)(void *backend, const struct gpu_select_args *args, const struct gpu_rows *ret_rows);
     int (*gather)(void *backend, const struct gpu_select_args *args, const struct gpu_rows *rows, void *ret);
-    int (*attend_rows)(void *backend, const struct gpu_select_args *args, const struct gpu_rows *rows, const void *gathered,
-                       float *ret_out, float *ret_lse);
     int (*dense)(void *backend, const struct gpu_dense_args *args);
-    int (*attend)(void *backend, const struct gpu_attend_args *args);
+    /* The softmax rule. `weights` and `scales` as gpu_weights makes them, or NULL: by the scheme, which is not `hash` then. */
+    int (*attend)(void *backend, const struct gpu_attend_args *args, const int8_t *weights, const float *scales);
 };
 
 struct gpu_module {

@@ -27,8 +27,15 @@ int gpu_scheme_open(uint32_t kind, const struct pkv_geom *geom, const char *path
         gpu_scheme_close(s);
         return r;
     }
+    scheme_changed(s);
     *ret = s;
     return 0;
+}
+
+void scheme_changed(struct gpu_scheme *s)
+{
+    static uint64_t versions;
+    s->version = __atomic_add_fetch(&versions, 1, __ATOMIC_RELAXED);
 }
 
 void gpu_scheme_close(struct gpu_scheme *s)

@@ -28,6 +28,7 @@ struct scheme_moments {
 
 struct gpu_scheme {
     uint32_t kind;
+    uint64_t version; /* another one, of all schemes of the process, after every change; device copies follow it */
     struct scheme_moments *moments; /* `code` without a file, until it is solved; else NULL */
     struct pkv_geom geom;
     const struct scheme_verbs *verbs;
@@ -66,6 +67,8 @@ static inline uint64_t scheme_mix(uint64_t z)
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
     return z ^ z >> 31;
 }
+
+void scheme_changed(struct gpu_scheme *scheme);
 
 /* scheme_sign.c */
 int scheme_sign_open(struct gpu_scheme *scheme);

@@ -15,6 +15,8 @@ bool gpu_scheme_observe(struct gpu_scheme *s, const struct gpu_observation *o)
     bool solved = scheme_learn_observe(s, o);
     if (gpu_scheme_settled(s))
         scheme_moments_free(s); /* 67 MB for 32 layers x 8 heads of 128 */
+    if (first || solved)
+        scheme_changed(s);
     return first || solved;
 }
 
@@ -140,5 +142,6 @@ int gpu_scheme_state_import(struct gpu_scheme *s, const void *state, uint64_t by
     for (uint32_t i = 0; i < n; i++)
         memcpy(to[i].data, from[i].data, to[i].bytes);
     scheme_moments_free(s);
+    scheme_changed(s);
     return 0;
 }

@@ -2,6 +2,7 @@
  * exact counting top-k, ascending lists. One task is one query token and kv head. */
 #include "gpu/code.h"
 #include "gpu/internal.h"
+#include "gpu/module.h"
 
 #include "proto/check.h"
 
@@ -238,15 +239,8 @@ static int check_policy(const struct gpu_select_args *a)
     return 0;
 }
 
-int gpu_select(struct gpu *gpu, const struct gpu_select_args *a, const struct gpu_rows *rows)
+int host_select(struct gpu *gpu, const struct gpu_select_args *a, const struct gpu_rows *rows)
 {
-    int r = gpu_check_views(gpu, a->geom, &a->space, a->seqs, a->views, a->q, true);
-    if (!r)
-        r = check_policy(a);
-    if (r)
-        return r;
-    if (rows->rows_max < a->policy.sinks + a->policy.recent + a->policy.k)
-        return -PKV_ERR_SHAPE;
     struct select s = {.gpu = gpu, .a = a, .rows = rows, .scale = gpu_scale(a->policy.scale, a->geom)};
     uint64_t items = (uint64_t)gpu_queries(a->views, a->seqs) * a->geom->kv_heads;
     gpu_team_run(&gpu->team, select_one, &s, items);
@@ -257,6 +251,29 @@ int gpu_select(struct gpu *gpu, const struct gpu_select_args *a, const struct gp
         a->explain->select_ns += s.select_ns;
     }
     return 0;
+}
+
+/* The device's kernels know one rule, and leave lists empty that would hold everything. */
+static bool on_device(const struct gpu_select_args *a, const struct gpu_rows *rows)
+{
+    for (uint32_t s = 0; s < a->seqs; s++)
+        if (a->views[s].tokens - a->views[s].queries < rows->rows_max)
+            return false;
+    return a->policy.rule == PKV_RULE_SOFTMAX;
+}
+
+int gpu_select(struct gpu *gpu, const struct gpu_select_args *a, const struct gpu_rows *rows)
+{
+    int r = gpu_check_views(gpu, a->geom, &a->space, a->seqs, a->views, a->q, true);
+    if (!r)
+        r = check_policy(a);
+    if (r)
+        return r;
+    if (rows->rows_max < a->policy.sinks + a->policy.recent + a->policy.k)
+        return -PKV_ERR_SHAPE;
+    if (!gpu->backend)
+        return host_select(gpu, a, rows);
+    return on_device(a, rows) ? gpu->backend->select(gpu->device, a, rows) : staged_select(gpu, a, rows);
 }
 
 struct gather {
@@ -281,8 +298,10 @@ int gpu_gather(struct gpu *gpu, const struct gpu_select_args *a, const struct gp
 {
     uint64_t begin = gpu_now_ns();
     struct gather p = {a, rows, ret};
-    gpu_team_run(&gpu->team, gather_one, &p, (uint64_t)gpu_queries(a->views, a->seqs) * a->geom->kv_heads);
+    int r = gpu->backend ? gpu->backend->gather(gpu->device, a, rows, ret) : 0;
+    if (!gpu->backend)
+        gpu_team_run(&gpu->team, gather_one, &p, (uint64_t)gpu_queries(a->views, a->seqs) * a->geom->kv_heads);
     if (a->explain)
         a->explain->gather_ns += gpu_now_ns() - begin;
-    return 0;
+    return r;
 }

@@ -1,5 +1,5 @@
 /* The module's one symbol. */
-#include "gpu/cuda/driver.h"
+#include "gpu/cuda/backend.h"
 
 __attribute__((visibility("default"))) gpu_module_entry pivotkv_cuda_module;
 
@@ -10,7 +10,7 @@ const struct gpu_module *pivotkv_cuda_module(void)
         .bytes = sizeof(struct gpu_module),
         .release = PKV_VERSION,
         .device = &cuda_device_verbs,
-        .backend = NULL,
+        .backend = &gpu_cuda_backend,
     };
     return &module;
 }

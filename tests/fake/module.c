@@ -345,21 +345,15 @@ static int device_open(uint32_t ordinal, struct gpu_device **ret)
 
 /* ---- the backend: the host's, over pointers ---- */
 
-static int backend_open(struct gpu_device *device, const struct gpu_options *options, void **ret)
+static int backend_open(struct gpu_device *device, void **ret)
 {
-    struct gpu_options host = {.backend = "host", .threads = options->threads ? options->threads : 1};
+    struct gpu_options host = {.backend = "host", .threads = 1};
     return lost(device) ? -PKV_ERR_GPU_LOST : gpu_open(&host, (struct gpu **)ret);
 }
 
 static void backend_close(void *b)
 {
     gpu_close(b);
-}
-
-static const char *backend_describe(const void *b)
-{
-    (void)b;
-    return "cuda: a fake device";
 }
 
 static int append(void *b, const struct gpu_append_args *a)
@@ -372,9 +366,14 @@ static int sign(void *b, const struct gpu_sign_args *a)
     return gpu_sign(b, a);
 }
 
-static int weights(void *b, const struct gpu_weights_args *a)
+static int put_signatures(void *b, const struct gpu_signatures_args *a)
 {
-    return gpu_weights(b, a);
+    return gpu_put_signatures(b, a);
+}
+
+static int read_blocks(void *b, const struct gpu_read_args *a)
+{
+    return gpu_read(b, a);
 }
 
 static int select_rows(void *b, const struct gpu_select_args *a, const struct gpu_rows *rows)
@@ -387,32 +386,26 @@ static int gather(void *b, const struct gpu_select_args *a, const struct gpu_row
     return gpu_gather(b, a, rows, ret);
 }
 
-static int attend_rows(void *b, const struct gpu_select_args *a, const struct gpu_rows *rows, const void *gathered, float *out,
-                       float *lse)
-{
-    return gpu_attend_rows(b, a, rows, gathered, out, lse);
-}
-
 static int dense(void *b, const struct gpu_dense_args *a)
 {
     return gpu_dense(b, a);
 }
 
-static int attend(void *b, const struct gpu_attend_args *a)
+static int attend(void *b, const struct gpu_attend_args *a, const int8_t *weights, const float *scales)
 {
+    (void)weights, (void)scales; /* the scheme makes the same */
     return gpu_attend(b, a);
 }
 
 static const struct gpu_backend backend = {
     .open = backend_open,
     .close = backend_close,
-    .describe = backend_describe,
     .append = append,
     .sign = sign,
-    .weights = weights,
+    .put_signatures = put_signatures,
+    .read = read_blocks,
     .select = select_rows,
     .gather = gather,
-    .attend_rows = attend_rows,
     .dense = dense,
     .attend = attend,
 };

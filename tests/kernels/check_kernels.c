@@ -170,7 +170,7 @@ static void check_naive(const struct world *w, const struct result *r)
 static void check_case(void)
 {
     static const struct gpu_options options[] = {
-        {"host", "c", 1}, {"host", "c", 3}, {"host", "avx2", 2}, {"host", "avx512", 2}};
+        {.isa = "c", .threads = 1}, {.isa = "c", .threads = 3}, {.isa = "avx2", .threads = 2}, {.isa = "avx512", .threads = 2}};
     struct world w = world_random();
     struct result first = {0};
     for (size_t i = 0; i < PKV_ARRAY_LEN(options); i++) {
