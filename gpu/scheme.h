@@ -6,6 +6,8 @@
 
 #define SCHEME_SOLVED 2 /* learnt[layer]: `code` is calibrated there */
 
+#define SCHEME_BITS_MAX 6u /* of a dimension of `code` */
+
 #define SCHEME_STAGES_MAX 4u    /* of `hash`'s MLPs */
 #define SCHEME_WIDTH_MAX  1024u /* of their hidden layers */
 
@@ -20,7 +22,7 @@ struct scheme_moments {
     float *k, *q;                         /* [layers][kv_heads][head_dim][head_dim] */
     double *k_sum;                        /* [layers][kv_heads][head_dim] */
     uint32_t *k_tokens, *q_tokens;        /* [layers] */
-    uint8_t *given_up;                    /* [layers] */
+    uint8_t *ended;                       /* [layers]: nothing more is gathered, solved or given up */
     bool deferred;                        /* solved by gpu_scheme_solve, not by observe */
     uint32_t rope_dims, rope_interleaved; /* 0 dims: no rope */
     double frequencies[PKV_HEAD_DIM_MAX / 2];

@@ -81,7 +81,7 @@ static int load_hash(struct gpu_scheme *s, const struct safetensors *st)
     return r ? r : load_mlp(s, st, "q", s->q, &s->q_stages);
 }
 
-/* 0 to 4 bits a dimension, sig_bits in all, the same for every head of a layer or not. */
+/* 0 to SCHEME_BITS_MAX bits a dimension, sig_bits in all, the same for every head of a layer or not. */
 static int load_bits(struct gpu_scheme *s, const struct safetensors *st, const uint64_t shape[3])
 {
     float *bits = NULL;
@@ -94,7 +94,7 @@ static int load_bits(struct gpu_scheme *s, const struct safetensors *st, const u
         uint32_t total = 0;
         for (uint32_t i = 0; i < s->dims && !r; i++) {
             float b = bits[h * s->dims + i];
-            if (b < 0 || b > 4 || b != floorf(b))
+            if (b < 0 || b > SCHEME_BITS_MAX || b != floorf(b))
                 r = -PKV_ERR_FILE_FIT;
             else
                 total += s->bits[h * s->dims + i] = (uint8_t)b;

@@ -2,12 +2,17 @@
  *
  * Per layer and kv head: take post-RoPE keys and queries as they come (the first tokens of a sequence left out: sinks are
  * outliers), turn each to a random position of the context that is to be served - a prefix says nothing about RoPE's slow
- * dimensions - and add up moments. Once there are LEARN_TOKENS of both, solve (scheme_solve.c). Until then, and per layer, the
- * scheme signs as `sign` does.
+ * dimensions - and add up moments. Once there are EARLY_TOKENS of both, solve (scheme_solve.c), and once more at LEARN_TOKENS.
+ * Until then, and per layer, the scheme signs as `sign` does.
  *
- * States of a layer (learnt[layer]): 0 nothing known -> 1 `sign` has its mean -> 2 solved. A change means that what was signed
- * before must be signed again. Failures: no memory leaves the layer where it is; a solve that fails (numbers that are not
- * finite) gives the layer up and `sign` goes on serving it. Owner: the thread that owns the model. */
+ * The context is a sequence's max_tokens, and later sequences of the model may be longer: one vector in FAR_SHARE goes to
+ * a position of FAR times the context. That costs about 1 % of the error within it, and beyond it keeps the slow dimensions
+ * from getting no bits at all: with 4 times the context it more than halves the error.
+ *
+ * States of a layer (learnt[layer]): 0 nothing known -> 1 `sign` has its mean -> 2 solved; ended[layer]: no more changes. A
+ * change means that what was signed before must be signed again. Failures: no memory leaves the layer where it is; a solve that
+ * fails (numbers that are not finite) ends the layer as it is, and `sign` or the earlier solution goes on serving it. Owner:
+ * the thread that owns the model. */
 #include "gpu/scheme.h"
 
 #ifdef PKV_LAPACK
@@ -17,8 +22,11 @@
 #include <string.h>
 
 #define SKIP         16u   /* the first tokens of a sequence */
-#define LEARN_TOKENS 2048u /* keys, and tokens with queries; twice as many give the same */
-#define PIECE        256u  /* tokens turned at a time */
+#define EARLY_TOKENS 1008u /* keys, and tokens with queries */
+#define LEARN_TOKENS 4080u /* half as many: 1 to 3 % more error */
+#define FAR          16u
+#define FAR_SHARE    16u
+#define PIECE        256u /* tokens turned at a time */
 
 /* Cosines and sines of the angles from position `from` to `to`: [rope_dims / 2] each. */
 static void angles(const struct scheme_moments *m, double from, double to, float *cosines, float *sines)
@@ -39,6 +47,13 @@ static void turn(const struct scheme_moments *m, const float *cosines, const flo
     }
 }
 
+/* Where to turn the vectors of token `at`. */
+static double random_position(uint64_t seed, uint64_t at, uint64_t context)
+{
+    uint64_t random = scheme_mix(seed + at * 0x9e3779b97f4a7c15ull);
+    return (double)(random / FAR_SHARE % (random % FAR_SHARE ? context : FAR * context));
+}
+
 /* Vectors of `heads` heads of each token, turned, as [heads][tokens][head_dim]. */
 static void turned(const struct gpu_scheme *s, const struct gpu_observation *o, const void *from, uint32_t heads,
                    uint32_t first, uint32_t tokens, uint64_t seed, float *to)
@@ -50,7 +65,7 @@ static void turned(const struct gpu_scheme *s, const struct gpu_observation *o, 
     for (uint32_t t = 0; t < tokens; t++) {
         uint64_t at = o->first_token + first + t;
         if (m->rope_dims)
-            angles(m, (double)at, (double)(scheme_mix(seed + at * 0x9e3779b97f4a7c15ull) % o->context), cosines, sines);
+            angles(m, (double)at, random_position(seed, at, o->context), cosines, sines);
         for (uint32_t h = 0; h < heads; h++) {
             float *x = to + ((uint64_t)h * tokens + t) * g->head_dim;
             gpu_kernels_c.to_float((const char *)from + ((uint64_t)(first + t) * heads + h) * bytes, g->dtype, x, g->head_dim);
@@ -98,17 +113,23 @@ static bool wanted(const struct side *x)
     return x->from && *x->tokens < LEARN_TOKENS;
 }
 
-static bool enough(const struct scheme_moments *m, uint32_t layer)
+/* Both sides have reached `tokens`, which `before` they had not. */
+static bool reached(const struct scheme_moments *m, uint32_t layer, uint32_t before, uint32_t tokens)
 {
-    return m->k_tokens[layer] >= LEARN_TOKENS && m->q_tokens[layer] >= LEARN_TOKENS;
+    return before < tokens && PKV_MIN(m->k_tokens[layer], m->q_tokens[layer]) >= tokens;
 }
 
-static bool solve(struct gpu_scheme *s, uint32_t layer)
+/* Once when there is enough to begin with, once more at the end. True: maps have changed. */
+static bool solve_in_turn(struct gpu_scheme *s, uint32_t layer, uint32_t before)
 {
+    struct scheme_moments *m = s->moments;
+    bool last = reached(m, layer, before, LEARN_TOKENS), now = last || reached(m, layer, before, EARLY_TOKENS);
+    if (!now || m->deferred)
+        return false;
     bool solved = scheme_solve_layer(s, layer) == 0;
-    s->moments->given_up[layer] = !solved;
+    m->ended[layer] = last || !solved;
     s->learnt[layer] = solved ? SCHEME_SOLVED : s->learnt[layer];
-    return solved;
+    return s->learnt[layer] == SCHEME_SOLVED; /* a second solve that failed may have changed some heads */
 }
 
 bool scheme_learn_observe(struct gpu_scheme *s, const struct gpu_observation *o)
@@ -116,8 +137,9 @@ bool scheme_learn_observe(struct gpu_scheme *s, const struct gpu_observation *o)
     const struct pkv_geom *g = &s->geom;
     struct scheme_moments *m = s->moments;
     uint32_t skip = o->first_token < SKIP ? (uint32_t)PKV_MIN(SKIP - o->first_token, (uint64_t)o->tokens) : 0;
-    if (!m || s->learnt[o->layer] == SCHEME_SOLVED || m->given_up[o->layer])
+    if (!m || m->ended[o->layer])
         return false;
+    uint32_t before = PKV_MIN(m->k_tokens[o->layer], m->q_tokens[o->layer]);
     const struct side sides[] = {
         {o->k, g->kv_heads, scheme_mix(o->layer + 1), m->k, m->k_sum, m->k_tokens + o->layer},
         {o->q, g->q_heads, scheme_mix(o->layer + 1000003), m->q, NULL, m->q_tokens + o->layer},
@@ -133,16 +155,16 @@ bool scheme_learn_observe(struct gpu_scheme *s, const struct gpu_observation *o)
         for (uint32_t i = 0; i < PKV_ARRAY_LEN(sides); i++)
             if (wanted(&sides[i]))
                 gather(s, o, &sides[i], at, PKV_MIN(PIECE, o->tokens - at), scratch);
-    bool now = !m->deferred && enough(m, o->layer) && solve(s, o->layer);
+    bool changed = solve_in_turn(s, o->layer, before);
     openblas_set_num_threads(threads);
     free(scratch);
-    return now;
+    return changed;
 }
 
 bool gpu_scheme_gathered(const struct gpu_scheme *s)
 {
     for (uint32_t l = 0; l < s->geom.layers; l++)
-        if (!s->moments || !enough(s->moments, l))
+        if (!s->moments || PKV_MIN(s->moments->k_tokens[l], s->moments->q_tokens[l]) < LEARN_TOKENS)
             return false;
     return true;
 }
@@ -152,8 +174,10 @@ int gpu_scheme_solve(struct gpu_scheme *s)
     bool all = gpu_scheme_gathered(s);
     int threads = openblas_get_num_threads();
     openblas_set_num_threads(1);
-    for (uint32_t l = 0; l < s->geom.layers && all; l++)
-        all = solve(s, l);
+    for (uint32_t l = 0; l < s->geom.layers && all; l++) {
+        all = scheme_solve_layer(s, l) == 0;
+        s->learnt[l] = all ? SCHEME_SOLVED : s->learnt[l];
+    }
     openblas_set_num_threads(threads);
     scheme_moments_free(s);
     return all ? 0 : -PKV_ERR_NOT_FINITE;
@@ -164,7 +188,7 @@ void scheme_moments_free(struct gpu_scheme *s)
     struct scheme_moments *m = s->moments;
     if (!m)
         return;
-    free(m->k), free(m->q), free(m->k_sum), free(m->k_tokens), free(m->q_tokens), free(m->given_up);
+    free(m->k), free(m->q), free(m->k_sum), free(m->k_tokens), free(m->q_tokens), free(m->ended);
     free(m);
     s->moments = NULL;
 }
@@ -179,8 +203,8 @@ static int moments_open(struct gpu_scheme *s)
     m->k = calloc(heads * square, sizeof(float)), m->q = calloc(heads * square, sizeof(float));
     m->k_sum = calloc(heads * g->head_dim, sizeof(double));
     m->k_tokens = calloc(g->layers, sizeof(uint32_t)), m->q_tokens = calloc(g->layers, sizeof(uint32_t));
-    m->given_up = calloc(g->layers, 1);
-    return m->k && m->q && m->k_sum && m->k_tokens && m->q_tokens && m->given_up ? 0 : -PKV_ERR_NO_MEMORY;
+    m->ended = calloc(g->layers, 1);
+    return m->k && m->q && m->k_sum && m->k_tokens && m->q_tokens && m->ended ? 0 : -PKV_ERR_NO_MEMORY;
 }
 
 /* `sign` for the meantime, and room for what will be solved. */

@@ -19,8 +19,9 @@
 extern void dsyevd_(const char *jobz, const char *uplo, const int *n, double *a, const int *lda, double *w, double *work,
                     const int *lwork, int *iwork, const int *liwork, int *info);
 
-/* Mean squared error of a unit Gaussian at 0..4 bits, and the step of the best uniform quantizer (Max 1960). */
-static const double distortion[] = {1, .3634, .1175, .03454, .009497}, steps[] = {1, 1.5956, .9957, .5860, .3352};
+/* Mean squared error of a unit Gaussian under the best uniform quantizer of 0..6 bits, and its step (Max 1960). */
+static const double distortion[SCHEME_BITS_MAX + 1] = {1, .3634, .1188, .03744, .01154, .003495, .00104};
+static const double steps[SCHEME_BITS_MAX + 1] = {1, 1.5956, .9957, .5860, .3352, .1881, .1041};
 
 struct solve {
     uint32_t dim;
@@ -111,11 +112,11 @@ static void give_bits(const double *w, uint32_t dim, uint32_t total, uint8_t *bi
         uint32_t best = dim;
         double most = -1;
         for (uint32_t i = 0; i < dim; i++) {
-            double gain = bits[i] < 4 ? w[i] * (distortion[bits[i]] - distortion[bits[i] + 1]) : -1;
+            double gain = bits[i] < SCHEME_BITS_MAX ? w[i] * (distortion[bits[i]] - distortion[bits[i] + 1]) : -1;
             if (gain > most)
                 most = gain, best = i;
         }
-        bits[best]++; /* sig_bits are at most four a dimension: some dimension has room */
+        bits[best]++; /* sig_bits are at most 6 a dimension: some dimension has room */
     }
 }
 

@@ -25,7 +25,7 @@ static bool settled_layer(const struct gpu_scheme *s, uint32_t layer)
 {
     if (s->kind != PKV_SCHEME_CODE || !s->moments)
         return s->learnt[layer];
-    return s->learnt[layer] == SCHEME_SOLVED || (s->learnt[layer] && s->moments->given_up[layer]);
+    return s->learnt[layer] && s->moments->ended[layer];
 }
 
 bool gpu_scheme_settled(const struct gpu_scheme *s)
@@ -115,7 +115,7 @@ static bool sound(const struct gpu_scheme *s, const struct array *from, uint32_t
         bool solved = learnt[d / s->dims / s->geom.kv_heads] == SCHEME_SOLVED;
         for (uint32_t i = 0; i < s->dims; i++) {
             total += bits[d + i];
-            if (bits[d + i] > 4 || !(step[d + i] > 0))
+            if (bits[d + i] > SCHEME_BITS_MAX || !(step[d + i] > 0))
                 return false;
         }
         if (solved && total != s->geom.sig_bits)

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { LAYERS = 2, Q = 4, KV = 2, DIM = 64, BITS = 64, TOKENS = 2100, SKIPPED = 16 };
+enum { LAYERS = 2, Q = 4, KV = 2, DIM = 64, BITS = 64, TOKENS = 4100, EARLY = 1024, SKIPPED = 16 };
 
 static const struct pkv_geom geom = {
     .layers = LAYERS, .q_heads = Q, .kv_heads = KV, .head_dim = DIM, .dtype = PKV_F32, .sig_bits = BITS};
@@ -34,10 +34,16 @@ static struct gpu_scheme *open_scheme(uint32_t kind)
     return s;
 }
 
+static void show_in(struct gpu_scheme *s, uint64_t context, uint32_t layer, uint64_t first, uint32_t tokens, const float *k,
+                    const float *q)
+{
+    struct gpu_observation o = {.layer = layer, .tokens = tokens, .first_token = first, .context = context, .k = k, .q = q};
+    gpu_scheme_observe(s, &o);
+}
+
 static void show(struct gpu_scheme *s, uint32_t layer, uint64_t first, uint32_t tokens, const float *k, const float *q)
 {
-    struct gpu_observation o = {.layer = layer, .tokens = tokens, .first_token = first, .context = 32768, .k = k, .q = q};
-    gpu_scheme_observe(s, &o);
+    show_in(s, 32768, layer, first, tokens, k, q);
 }
 
 static struct gpu_scheme *calibrated(const float *k, const float *q)
@@ -61,7 +67,7 @@ static void test_maps(void **state)
     for (uint64_t at = 0; at < LAYERS * KV; at++) {
         uint32_t bits = 0;
         for (uint32_t i = 0; i < DIM; i++) {
-            assert_true(s->bits[at * DIM + i] <= 4 && s->step[at * DIM + i] > 0);
+            assert_true(s->bits[at * DIM + i] <= SCHEME_BITS_MAX && s->step[at * DIM + i] > 0);
             assert_true(!i || s->bits[at * DIM + i] <= s->bits[at * DIM + i - 1]);
             bits += s->bits[at * DIM + i];
         }
@@ -146,14 +152,35 @@ static void test_sign_meanwhile(void **state)
     free(k);
 }
 
-/* Keys at positions from `first` on; half-split pairs. */
-static float *with_rope(const float *x, uint64_t first, uint32_t tokens)
+/* The first solution comes early, the last at 4096 tokens, and both say that what was signed must be signed again. */
+static void test_early(void **state)
 {
-    float *to = malloc((uint64_t)tokens * KV * DIM * sizeof(*to));
+    (void)state;
+    float *k = vectors(9, (uint64_t)TOKENS * KV, 0.95f), *q = vectors(10, (uint64_t)TOKENS * Q, 0.9f);
+    struct gpu_scheme *s = open_scheme(PKV_SCHEME_CODE);
+    struct gpu_observation o = {.tokens = 1, .context = 32768};
+    uint32_t changes[2] = {0}, n = 0;
+    for (uint32_t t = 0; t < TOKENS; t++) {
+        o.first_token = t, o.k = k + (uint64_t)t * KV * DIM, o.q = q + (uint64_t)t * Q * DIM;
+        if (gpu_scheme_observe(s, &o) && s->learnt[0] == SCHEME_SOLVED && n < 2)
+            changes[n++] = t + 1;
+    }
+    assert_int_equal(n, 2);
+    assert_int_equal(changes[0], EARLY);
+    assert_int_equal(changes[1], 4096);
+    assert_true(s->moments->ended[0]);
+    gpu_scheme_close(s);
+    free(k), free(q);
+}
+
+/* Vectors of `heads` heads at positions from `first` on; half-split pairs. */
+static float *with_rope(const float *x, uint64_t first, uint32_t tokens, uint32_t heads)
+{
+    float *to = malloc((uint64_t)tokens * heads * DIM * sizeof(*to));
     assert_non_null(to);
-    for (uint64_t i = 0; i < (uint64_t)tokens * KV; i++)
+    for (uint64_t i = 0; i < (uint64_t)tokens * heads; i++)
         for (uint32_t j = 0; j < DIM / 2; j++) {
-            double angle = (double)(first + i / KV) * pow(1e5, -2.0 * j / DIM), c = cos(angle), s = sin(angle);
+            double angle = (double)(first + i / heads) * pow(1e5, -2.0 * j / DIM), c = cos(angle), s = sin(angle);
             float a = x[i * DIM + j], b = x[i * DIM + j + DIM / 2];
             to[i * DIM + j] = (float)(a * c - b * s), to[i * DIM + j + DIM / 2] = (float)(a * s + b * c);
         }
@@ -167,7 +194,7 @@ static double moment_distance(const float *x, uint64_t first, uint64_t other, fl
     struct gpu_scheme *s[2];
     double difference = 0, size = 0;
     for (int i = 0; i < 2; i++) {
-        float *k = with_rope(x, i ? other : first, SEEN);
+        float *k = with_rope(x, i ? other : first, SEEN, KV);
         s[i] = open_scheme(PKV_SCHEME_CODE);
         gpu_scheme_rope(s[i], base, DIM, false);
         show(s[i], 0, i ? other : first, SEEN, k, NULL);
@@ -194,6 +221,36 @@ static void test_positions(void **state)
     free(x);
 }
 
+/* A sequence four times as long as the one that calibrated finds its tokens too. */
+static void test_growth(void **state)
+{
+    (void)state;
+    enum { SLOW = DIM / 2 - 8 }; /* a pair that the first context turns by a tenth of a circle, the other by half of one */
+    float *x = vectors(11, (uint64_t)TOKENS * KV, 0.97f), *y = vectors(12, (uint64_t)TOKENS * Q, 0.97f);
+    for (uint32_t i = 0; i < TOKENS * KV; i++)
+        x[i * DIM + SLOW] += 16;
+    for (uint32_t i = 0; i < TOKENS * Q; i++)
+        y[i * DIM + SLOW] += 16;
+    float *k = with_rope(x, 0, TOKENS, KV), *q = with_rope(y, 0, TOKENS, Q);
+    struct gpu_scheme *s = open_scheme(PKV_SCHEME_CODE);
+    gpu_scheme_rope(s, 1e5f, DIM, false);
+    show_in(s, 4096, 0, 0, TOKENS, k, q);
+    assert_int_equal(s->learnt[0], SCHEME_SOLVED);
+    float *far_k = calloc((uint64_t)TOKENS * KV * DIM, sizeof(float)), *far_q = with_rope(y, 16384, 20, Q);
+    assert_non_null(far_k);
+    for (uint32_t t = 0; t < 1100; t++) { /* spread over the long context */
+        float *at = with_rope(x + (uint64_t)t * KV * DIM, (uint64_t)t * 15, 1, KV);
+        memcpy(far_k + (uint64_t)t * KV * DIM, at, KV * DIM * sizeof(float));
+        free(at);
+    }
+    double within = agreement(s, k, q), beyond = agreement(s, far_k, far_q);
+    print_message("# correlation with the exact scores: %.3f within the context, %.3f in one four times as long\n", within,
+                  beyond);
+    assert_true(within > 0.9 && beyond > 0.9);
+    gpu_scheme_close(s);
+    free(x), free(y), free(k), free(q), free(far_k), free(far_q);
+}
+
 static void test_state(void **state)
 {
     (void)state;
@@ -205,7 +262,7 @@ static void test_state(void **state)
     gpu_scheme_state_export(s, good);
     uint64_t bits_at = bytes - PKV_ALIGN_UP((uint64_t)LAYERS * KV * DIM, 8u), learnt_at = 8 + sizeof(geom) + 8;
     memcpy(bad, good, bytes);
-    bad[bits_at] = 5;
+    bad[bits_at] = SCHEME_BITS_MAX + 1;
     assert_int_equal(gpu_scheme_state_import(other, bad, bytes), -PKV_ERR_FILE_FIT);
     bad[bits_at] = good[bits_at], bad[bits_at + 1] = (char)(good[bits_at + 1] ? 0 : 1); /* too few, too many */
     assert_int_equal(gpu_scheme_state_import(other, bad, bytes), -PKV_ERR_FILE_FIT);
@@ -292,7 +349,8 @@ int main(void)
         cmocka_unit_test(test_maps),           cmocka_unit_test(test_better_than_sign),
         cmocka_unit_test(test_sign_meanwhile), cmocka_unit_test(test_positions),
         cmocka_unit_test(test_state),          cmocka_unit_test(test_nothing_to_solve),
-        cmocka_unit_test(test_deferred),
+        cmocka_unit_test(test_deferred),       cmocka_unit_test(test_early),
+        cmocka_unit_test(test_growth),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -18,10 +18,10 @@ from pivotkv.recording import Geometry
 from test_train import vectors, write_recording
 
 G = Geometry(layers=2, q_heads=4, kv_heads=2, head_dim=64)
-TOKENS, CONTEXT = 2600, 30000
+TOKENS, CONTEXT = 4200, 30000
 
 
-def calibrator(rope, limit=2048, piece=500, tokens=TOKENS, seed=7):
+def calibrator(rope, limit=4080, piece=500, tokens=TOKENS, seed=7):
     """Fed with what arrays(seed) holds, `piece` tokens at a time."""
     made, source = Calibrator(G, rope, CONTEXT, limit=limit), arrays(tokens, seed)
     for layer in range(G.layers):
@@ -102,8 +102,8 @@ class CalibratorTest(unittest.TestCase):
             self.assertGreater(np.abs(y - x).max(), 0.1)
 
     def test_bits_go_where_they_help(self):
-        np.testing.assert_array_equal(give_bits(np.array([100, 1, 1, 0.0]), 6), [4, 1, 1, 0])
-        self.assertEqual(give_bits(np.ones(8), 32).tolist(), [4] * 8)
+        np.testing.assert_array_equal(give_bits(np.array([1000, 1, 1, 0.0]), 8), [6, 1, 1, 0])
+        self.assertEqual(give_bits(np.ones(8), 48).tolist(), [6] * 8)
 
     def test_what_it_refuses(self):
         made = Calibrator(G, None, CONTEXT)

@@ -79,13 +79,13 @@ class ServiceTest(unittest.TestCase):
 
     def test_code_calibrates_itself_and_is_shared(self):
         """Through the daemon: more mass than `sign` at the same bits, equal lists for a second worker and for a served one."""
-        count, spread = 2240, np.geomspace(3, 0.05, DIM).astype(np.float32)
+        count, spread = 4480, np.geomspace(3, 0.05, DIM).astype(np.float32)
         k, v, q = self.numbers(count, KV, DIM) * spread, self.numbers(count, KV, DIM), self.numbers(count, Q, DIM) * 6
         wish, missed = pivotkv.Budget(k=64, sinks=16, recent=16), {}
         with pivotkv.connect(self.daemon.socket, threads=1) as kv:
             for scheme in ("sign", "code"):
                 model = kv.model(f"learns-{scheme}", layers=1, q_heads=Q, kv_heads=KV, head_dim=DIM, dtype="f32", scheme=scheme)
-                sequence = model.sequence(4000)
+                sequence = model.sequence(5000)
                 for at in range(0, count, 224):
                     sequence.append(0, k[at: at + 224], v[at: at + 224])
                     sequence.attend(0, q[at: at + 224], wish)
