@@ -48,19 +48,21 @@ enum pkv_err block_make(struct core *core, uint32_t seq, uint32_t layer, uint32_
         return PKV_ERR_NO_MEMORY;
     struct block *b = &core->blocks[id];
     b->row_bytes = pkv_geom_block_bytes(g), b->sig_bytes = pkv_geom_sig_block_bytes(g);
-    b->home = place_take(core, PKV_TIER_ARENA, s->tenant, b->row_bytes, id);
-    b->rows = b->home ? place_take(core, PKV_TIER_POOL, s->tenant, b->row_bytes, id) : 0;
-    b->signatures = b->rows ? place_take(core, PKV_TIER_POOL, s->tenant, b->sig_bytes, id) : 0;
+    struct place_kind kind = {.tier = PKV_TIER_ARENA, .tenant = s->tenant, .device = s->device, .slot_bytes = b->row_bytes};
+    b->home = place_take(core, &kind, id);
+    kind.tier = PKV_TIER_POOL;
+    b->rows = b->home ? place_take(core, &kind, id) : 0;
+    kind.slot_bytes = b->rows ? b->sig_bytes : b->row_bytes;
+    b->signatures = b->rows ? place_take(core, &kind, id) : 0;
     if (!b->signatures) {
         enum pkv_err e = b->home ? PKV_ERR_POOL_FULL : PKV_ERR_ARENA_FULL;
-        uint64_t missing = b->rows ? b->sig_bytes : b->row_bytes;
         if (b->rows)
             place_retire(core, b->rows);
         if (b->home)
             place_retire(core, b->home);
         block_put_back(core, id);
         if (e == PKV_ERR_POOL_FULL)
-            make_room(core, s->tenant, missing);
+            make_room(core, &kind);
         return e;
     }
     set_state(core, b, BLOCK_GRANTED);

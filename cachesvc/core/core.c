@@ -3,13 +3,14 @@
 
 struct core *core_create(const struct core_config *config, const struct core_hooks *hooks)
 {
-    if (!config->pool_chunks || config->pool_chunks > PKV_CHUNKS_MAX || !config->arena_chunks ||
-        config->arena_chunks > PKV_CHUNKS_MAX)
+    if (!config->pool_chunks || config->pool_devices > config->pool_chunks || config->pool_chunks > PKV_CHUNKS_MAX ||
+        !config->arena_chunks || config->arena_chunks > PKV_CHUNKS_MAX)
         return NULL;
     struct core *core = calloc(1, sizeof(*core));
     if (!core)
         return NULL;
     core->config = *config;
+    core->config.pool_devices = PKV_MAX(config->pool_devices, 1u);
     core->hooks = *hooks;
     core->block_free = NONE;
     core->chunks[PKV_TIER_POOL] = malloc(config->pool_chunks * sizeof(struct chunk));
@@ -79,7 +80,7 @@ enum pkv_err core_worker_join(struct core *core, const char *tenant, uint32_t *r
     uint32_t t = tenant_find(core, tenant[0] ? tenant : "default");
     if (t == NONE)
         return PKV_ERR_TENANTS_FULL;
-    core->workers[w] = (struct worker){.live = true, .tenant = t};
+    core->workers[w] = (struct worker){.live = true, .tenant = t, .device = NONE};
     *ret_worker = w;
     return PKV_ERR_OK;
 }
@@ -87,6 +88,12 @@ enum pkv_err core_worker_join(struct core *core, const char *tenant, uint32_t *r
 uint32_t core_worker_tenant(const struct core *core, uint32_t worker)
 {
     return core->workers[worker].tenant;
+}
+
+void core_worker_device(struct core *core, uint32_t worker, uint32_t device)
+{
+    assert(device < core->config.pool_devices);
+    core->workers[worker].device = device;
 }
 
 enum pkv_err core_chunk_map(struct core *core, uint32_t worker, uint32_t tier, uint32_t chunk)

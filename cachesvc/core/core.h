@@ -33,6 +33,7 @@ struct core_hooks {
 
 struct core_config {
     uint32_t pool_chunks, arena_chunks; /* at most PKV_CHUNKS_MAX each */
+    uint32_t pool_devices;              /* 0 is 1: chunk c of the pool lies on device c % pool_devices */
     uint64_t chunk_bytes;
     uint64_t grant_timeout_ns;
 };
@@ -60,6 +61,9 @@ enum pkv_err core_worker_join(struct core *core, const char *tenant, uint32_t *r
 /* The worker's process reads and writes nothing any more. */
 void core_worker_leave(struct core *core, uint32_t worker);
 uint32_t core_worker_tenant(const struct core *core, uint32_t worker);
+/* A worker runs on one device: what it creates lives there, whole, and it opens nothing that lives elsewhere. Without this call
+ * it has none: what it creates is spread over the devices, and it opens everything. */
+void core_worker_device(struct core *core, uint32_t worker, uint32_t device);
 /* Whether the chunk is the worker's tenant's, and remembers that the worker has it mapped. */
 enum pkv_err core_chunk_map(struct core *core, uint32_t worker, uint32_t tier, uint32_t chunk);
 enum pkv_err core_model_add(struct core *core, const struct pkv_model_request *request, uint32_t *ret_model);
@@ -97,6 +101,7 @@ struct core_view {
     const struct pkv_model_request *model;
     uint32_t model_id, blocks_max;
     uint32_t granted, sealed; /* blocks of the layer */
+    uint32_t device;          /* where its pool places are */
     bool writer;              /* the worker may write granted, unsealed blocks */
 };
 enum pkv_err core_seq_view(struct core *core, uint32_t worker, uint64_t handle, uint32_t layer, struct core_view *ret);

@@ -121,6 +121,9 @@ static const char *check_seq(const struct core *core, uint32_t index, uint32_t *
                 return "a block lies elsewhere than its holder thinks";
             if ((b->state == BLOCK_GRANTED) != (i >= s->sealed[l]))
                 return "a block's state is not what its sequence says";
+            if (pkv_place_chunk(b->signatures) % core->config.pool_devices != s->device ||
+                (b->rows && pkv_place_chunk(b->rows) % core->config.pool_devices != s->device))
+                return "a block lies on another device than its sequence";
             if (ref->signatures != b->signatures || ref->rows != (b->rows ? b->rows : b->home))
                 return "the block table names another place";
         }

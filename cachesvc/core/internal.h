@@ -57,7 +57,7 @@ struct cow {
 
 struct seq {
     bool live, persistent;
-    uint32_t gen, tenant, model, writer, layers, blocks_max;
+    uint32_t gen, tenant, model, writer, layers, blocks_max, device;
     uint32_t state;                                  /* of the model, that its signatures are made with; as in its table */
     uint64_t open, table_offset, tokens, max_tokens; /* open: workers, one bit each */
     struct pkv_table *table;
@@ -70,7 +70,7 @@ struct seq {
 
 struct worker {
     bool live;
-    uint32_t tenant;
+    uint32_t tenant, device; /* device NONE: any */
 };
 
 /* An operation that waits for room in the pool. */
@@ -90,7 +90,8 @@ struct core {
     uint32_t block_count, block_room, block_free, clock_hand;
     uint32_t by_state[BLOCK_STATES], dying;
     struct seq seqs[PKV_SEQS_MAX];
-    uint32_t seq_end; /* no live sequence from here on */
+    uint32_t seq_end;     /* no live sequence from here on */
+    uint32_t device_next; /* of a worker without one */
     struct worker workers[PKV_WORKERS_MAX];
     char tenants[PKV_TENANTS_MAX][PKV_NAME_BYTES];
     uint32_t tenant_count;
@@ -111,7 +112,13 @@ void core_emit(struct core *core, const struct core_action *action);
 /* places.c */
 void places_init(struct core *core);
 void places_destroy(struct core *core);
-uint64_t place_take(struct core *core, uint32_t tier, uint32_t tenant, uint64_t slot_bytes, uint32_t block);
+/* What may hold a slot: chunks of one tier (of the pool: of one device) that are the tenant's, or nobody's yet. */
+struct place_kind {
+    uint32_t tier, tenant, device;
+    uint64_t slot_bytes;
+};
+bool place_chunk_fits(const struct core *core, const struct place_kind *kind, uint32_t chunk);
+uint64_t place_take(struct core *core, const struct place_kind *kind, uint32_t block);
 void place_retire(struct core *core, uint64_t place);
 void places_quiesce(struct core *core, uint64_t epoch);
 
@@ -129,12 +136,12 @@ void block_unpin(struct core *core, uint32_t block);
 void block_fill(struct core *core, uint32_t block, uint32_t source);
 
 /* residency.c: policy chooses, mechanism drops. */
-void make_room(struct core *core, uint32_t tenant, uint64_t slot_bytes);
+void make_room(struct core *core, const struct place_kind *kind);
 
 /* seqs.c */
 struct seq *seq_find(struct core *core, uint32_t worker, uint64_t handle, enum pkv_err *ret_err);
 enum pkv_err seq_make(struct core *core, uint32_t worker, uint32_t model, uint32_t max_tokens, bool persistent,
-                      const char *label, uint32_t *ret_index);
+                      const char *label, uint32_t *ret_index); /* on the worker's device, or the next one */
 void seq_free(struct core *core, uint32_t index);
 void seq_publish_tokens(struct seq *seq);
 void seq_publish_state(struct seq *seq, uint32_t state);

@@ -68,20 +68,32 @@ static uint64_t slot_take(struct chunk *c, uint32_t tier, uint32_t index, uint32
     return pkv_place(tier, index, slot, ++c->gen[slot]);
 }
 
-uint64_t place_take(struct core *core, uint32_t tier, uint32_t tenant, uint64_t slot_bytes, uint32_t block)
+static bool on_device(const struct core *core, const struct place_kind *k, uint32_t chunk)
 {
+    return k->tier != PKV_TIER_POOL || chunk % core->config.pool_devices == k->device;
+}
+
+bool place_chunk_fits(const struct core *core, const struct place_kind *k, uint32_t chunk)
+{
+    const struct chunk *c = &core->chunks[k->tier][chunk];
+    return c->tenant == k->tenant && c->slot_bytes == k->slot_bytes && on_device(core, k, chunk);
+}
+
+uint64_t place_take(struct core *core, const struct place_kind *k, uint32_t block)
+{
+    uint32_t count = core->chunk_count[k->tier];
+    struct chunk *chunks = core->chunks[k->tier];
     /* From the chunk that had room last: chunks before it are mostly full. */
-    for (uint32_t n = 0; n < core->chunk_count[tier]; n++) {
-        uint32_t i = (core->chunk_hint[tier] + n) % core->chunk_count[tier];
-        struct chunk *c = &core->chunks[tier][i];
-        if (c->tenant != tenant || c->slot_bytes != slot_bytes || c->free_head == NONE)
+    for (uint32_t n = 0; n < count; n++) {
+        uint32_t i = (core->chunk_hint[k->tier] + n) % count;
+        if (chunks[i].free_head == NONE || !place_chunk_fits(core, k, i))
             continue;
-        core->chunk_hint[tier] = i;
-        return slot_take(c, tier, i, block);
+        core->chunk_hint[k->tier] = i;
+        return slot_take(&chunks[i], k->tier, i, block);
     }
-    for (uint32_t i = 0; i < core->chunk_count[tier]; i++)
-        if (core->chunks[tier][i].tenant == NONE && chunk_assign(core, tier, i, tenant, slot_bytes))
-            return slot_take(&core->chunks[tier][i], tier, i, block);
+    for (uint32_t i = 0; i < count; i++)
+        if (chunks[i].tenant == NONE && on_device(core, k, i) && chunk_assign(core, k->tier, i, k->tenant, k->slot_bytes))
+            return slot_take(&chunks[i], k->tier, i, block);
     return 0;
 }
 

@@ -1,5 +1,6 @@
 /* Who leaves the pool under pressure. Policy: a clock over the blocks of the tenant that needs room, sinks and recent blocks of
- * every holder kept; where it has none, the fullest chunk that can be emptied whole. Mechanism: block_drop. */
+ * every holder kept; where it has none, the fullest chunk that can be emptied whole; on the device
+ * that needs it. Mechanism: block_drop. */
 #include "cachesvc/core/internal.h"
 
 #define DROP_AT_ONCE 16u
@@ -27,21 +28,22 @@ static bool droppable(const struct core *core, uint32_t id)
     return true;
 }
 
-static uint32_t choose_block(struct core *core, uint32_t tenant, uint64_t slot_bytes)
+static uint32_t choose_block(struct core *core, const struct place_kind *k)
 {
     for (uint32_t i = 0; i < core->block_count; i++) {
         uint32_t id = core->clock_hand++ % core->block_count;
         const struct block *b = &core->blocks[id];
-        if (b->row_bytes == slot_bytes && b->tenant == tenant && droppable(core, id))
+        if (b->row_bytes == k->slot_bytes && b->tenant == k->tenant && core->seqs[b->seq].device == k->device &&
+            droppable(core, id))
             return id;
     }
     return NONE;
 }
 
-static uint32_t choose_chunk(const struct core *core)
+static uint32_t choose_chunk(const struct core *core, uint32_t device)
 {
     uint32_t best = NONE;
-    for (uint32_t i = 0; i < core->chunk_count[PKV_TIER_POOL]; i++) {
+    for (uint32_t i = device; i < core->chunk_count[PKV_TIER_POOL]; i += core->config.pool_devices) {
         const struct chunk *c = &core->chunks[PKV_TIER_POOL][i];
         bool all = c->tenant != NONE && c->used;
         for (uint32_t s = 0; all && s < c->slots; s++)
@@ -73,26 +75,26 @@ static void block_drop(struct core *core, uint32_t id)
 }
 
 /* Places of this kind that only wait for their readers. */
-static bool coming_back(const struct core *core, uint32_t tenant, uint64_t slot_bytes)
+static bool coming_back(const struct core *core, const struct place_kind *k)
 {
-    for (uint32_t i = 0; i < core->chunk_count[PKV_TIER_POOL]; i++) {
+    for (uint32_t i = k->device; i < core->chunk_count[PKV_TIER_POOL]; i += core->config.pool_devices) {
         const struct chunk *c = &core->chunks[PKV_TIER_POOL][i];
-        if (c->retired && ((c->tenant == tenant && c->slot_bytes == slot_bytes) || !c->used))
+        if (c->retired && (place_chunk_fits(core, k, i) || !c->used))
             return true;
     }
     return false;
 }
 
-void make_room(struct core *core, uint32_t tenant, uint64_t slot_bytes)
+void make_room(struct core *core, const struct place_kind *k)
 {
-    if (coming_back(core, tenant, slot_bytes))
+    if (coming_back(core, k))
         return;
     uint32_t dropped = 0, id;
-    while (dropped < DROP_AT_ONCE && (id = choose_block(core, tenant, slot_bytes)) != NONE) {
+    while (dropped < DROP_AT_ONCE && (id = choose_block(core, k)) != NONE) {
         block_drop(core, id);
         dropped++;
     }
-    uint32_t chunk = dropped ? NONE : choose_chunk(core);
+    uint32_t chunk = dropped ? NONE : choose_chunk(core, k->device);
     if (chunk == NONE)
         return;
     const struct chunk *c = &core->chunks[PKV_TIER_POOL][chunk];

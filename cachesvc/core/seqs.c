@@ -41,7 +41,8 @@ enum pkv_err core_seq_view(struct core *core, uint32_t worker, uint64_t handle, 
                               .blocks_max = s->blocks_max,
                               .granted = s->granted[layer],
                               .sealed = s->sealed[layer],
-                              .writer = s->writer == worker};
+                              .writer = s->writer == worker,
+                              .device = s->device};
     return PKV_ERR_OK;
 }
 
@@ -107,7 +108,9 @@ enum pkv_err seq_make(struct core *core, uint32_t worker, uint32_t model, uint32
     if (index == PKV_SEQS_MAX)
         return PKV_ERR_SEQS_FULL;
     struct seq *s = &core->seqs[index];
+    uint32_t device = core->workers[worker].device;
     *s = (struct seq){.gen = s->gen + 1,
+                      .device = device == NONE ? core->device_next++ % core->config.pool_devices : device,
                       .tenant = core->workers[worker].tenant,
                       .writer = worker,
                       .open = 1ull << worker,
@@ -158,6 +161,8 @@ enum pkv_err core_seq_open(struct core *core, uint32_t worker, uint64_t handle, 
     s = &core->seqs[pkv_handle_index(handle)];
     if (s->cow.kind == COW_FORK)
         return PKV_ERR_STALE; /* not born yet: its handle was guessed */
+    if (core->workers[worker].device != NONE && core->workers[worker].device != s->device)
+        return PKV_ERR_GPU_DEVICE;
     s->open |= 1ull << worker;
     if (s->writer == NONE)
         s->writer = worker;

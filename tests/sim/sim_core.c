@@ -52,7 +52,7 @@ static uint32_t next_tag = 1000;
 static struct reader workers[WORKERS];
 static struct sequence seqs[SEQS];
 static struct core_action copies[COPIES];
-static uint32_t copy_count, model[2];
+static uint32_t copy_count, model[2], devices;
 static uint64_t waiting, answered, seen_home, seen_full, seen_arena_full, seen_dropped;
 static uint64_t seen_held, seen_moved, seen_forks, seen_cuts, seen_cow, seen_cow_failed;
 static struct core *core;
@@ -205,6 +205,8 @@ static void event_worker(struct reader *w)
     if (!w->live) {
         if (core_worker_join(core, below(3) ? "a" : "b", &w->id) != PKV_ERR_OK)
             fail("a worker could not join");
+        if (below(2))
+            core_worker_device(core, w->id, below(devices));
         w->live = true;
     } else if (below(40) == 0) {
         w->live = w->reads = false; /* its process is gone: nothing of it reads any more */
@@ -354,8 +356,12 @@ static void start(uint64_t seed)
     memset(workers, 0, sizeof(workers)), memset(seqs, 0, sizeof(seqs)), memset(memory, 0, sizeof(memory));
     memset(forks, 0, sizeof(forks));
     copy_count = 0;
-    struct core_config config = {
-        .pool_chunks = CHUNKS, .arena_chunks = ARENA, .chunk_bytes = CHUNK_BYTES, .grant_timeout_ns = 20000};
+    struct core_config config = {.pool_chunks = CHUNKS,
+                                 .arena_chunks = ARENA,
+                                 .pool_devices = 1 + below(2),
+                                 .chunk_bytes = CHUNK_BYTES,
+                                 .grant_timeout_ns = 20000};
+    devices = config.pool_devices;
     core = core_create(&config, &(struct core_hooks){table_alloc, table_free, NULL});
     if (!core)
         fail("no core");

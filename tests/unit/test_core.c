@@ -32,14 +32,20 @@ static struct pkv_model_request request(void)
 }
 
 /* Chunks of four row slots. */
-static void start(uint32_t pool, uint32_t arena)
+static void start_devices(uint32_t pool, uint32_t arena, uint32_t devices)
 {
-    struct core_config config = {.pool_chunks = pool, .arena_chunks = arena, .chunk_bytes = 65536, .grant_timeout_ns = 1000};
+    struct core_config config = {
+        .pool_chunks = pool, .arena_chunks = arena, .pool_devices = devices, .chunk_bytes = 65536, .grant_timeout_ns = 1000};
     core = core_create(&config, &(struct core_hooks){table_alloc, table_free, NULL});
     assert_non_null(core);
     struct pkv_model_request m = request();
     assert_int_equal(core_model_add(core, &m, &model), PKV_ERR_OK);
     assert_int_equal(core_worker_join(core, "", &alice), PKV_ERR_OK);
+}
+
+static void start(uint32_t pool, uint32_t arena)
+{
+    start_devices(pool, arena, 0);
 }
 
 static int stop(void **state)
@@ -218,6 +224,40 @@ static void test_failed_copy_is_tried_once_more(void **state)
     core_stats(core, &stats);
     assert_int_equal(stats.sealed, 1); /* it stays where it is whole: in the pool */
     assert_int_equal(core_seq_destroy(core, alice, h), PKV_ERR_OK);
+    assert_null(core_check(core));
+}
+
+/* Every place of a sequence lies on its worker's device; a full device takes nothing from another one. */
+static void test_devices(void **state)
+{
+    (void)state;
+    start_devices(5, 40, 2); /* 0, 2, 4 on the first, 1, 3 on the second */
+    struct pkv_table *t, *other;
+    uint32_t alien = alice, bob, eve;
+    uint64_t h = create(20, 0, &t), tokens, table; /* of a worker without a device: on the first */
+    assert_int_equal(core_worker_join(core, "", &bob), PKV_ERR_OK);
+    assert_int_equal(core_worker_join(core, "", &eve), PKV_ERR_OK);
+    core_worker_device(core, bob, 1), core_worker_device(core, eve, 0);
+    alice = bob;
+    uint64_t mine = create(20, 0, &other);
+    assert_int_equal(grant(mine, 0, 4), PKV_ERR_OK); /* a chunk of rows, one of signatures */
+    for (uint32_t b = 0; b < 4; b++) {
+        const struct pkv_block_ref *ref = &pkv_table_layer(other, 0, 20)[b];
+        assert_int_equal(pkv_place_chunk(ref->rows) % 2, 1);
+        assert_int_equal(pkv_place_chunk(ref->signatures) % 2, 1);
+    }
+    assert_int_equal(grant(mine, 0, 5), PKV_ERR_POOL_FULL); /* though the first device is empty */
+    assert_int_equal(core_seq_open(core, bob, h, &tokens, &table), PKV_ERR_GPU_DEVICE);
+    assert_int_equal(core_seq_open(core, eve, mine, &tokens, &table), PKV_ERR_GPU_DEVICE);
+    assert_int_equal(core_seq_open(core, eve, h, &tokens, &table), PKV_ERR_OK);
+    assert_int_equal(core_seq_open(core, alien, mine, &tokens, &table), PKV_ERR_OK);
+    alice = alien;
+    assert_int_equal(grant(h, 0, 8), PKV_ERR_OK);
+    for (uint32_t b = 0; b < 8; b++)
+        assert_int_equal(pkv_place_chunk(pkv_table_layer(t, 0, 20)[b].rows) % 2, 0);
+    struct core_view view;
+    assert_int_equal(core_seq_view(core, alice, mine, 0, &view), PKV_ERR_OK);
+    assert_int_equal(view.device, 1);
     assert_null(core_check(core));
 }
 
@@ -405,6 +445,7 @@ int main(void)
         cmocka_unit_test_teardown(test_refusals, stop),
         cmocka_unit_test_teardown(test_death_of_a_worker, stop),
         cmocka_unit_test_teardown(test_failed_copy_is_tried_once_more, stop),
+        cmocka_unit_test_teardown(test_devices, stop),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
