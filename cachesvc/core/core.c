@@ -102,6 +102,9 @@ enum pkv_err core_chunk_map(struct core *core, uint32_t worker, uint32_t tier, u
         return PKV_ERR_RANGE;
     if (core->chunks[tier][chunk].tenant != core->workers[worker].tenant)
         return PKV_ERR_TENANT;
+    uint32_t device = core->workers[worker].device;
+    if (tier == PKV_TIER_POOL && device != NONE && chunk % core->config.pool_devices != device)
+        return PKV_ERR_GPU_DEVICE;
     core->chunks[tier][chunk].mapped |= 1ull << worker;
     return PKV_ERR_OK;
 }

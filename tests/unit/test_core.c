@@ -255,6 +255,10 @@ static void test_devices(void **state)
     assert_int_equal(grant(h, 0, 8), PKV_ERR_OK);
     for (uint32_t b = 0; b < 8; b++)
         assert_int_equal(pkv_place_chunk(pkv_table_layer(t, 0, 20)[b].rows) % 2, 0);
+    assert_int_equal(core_chunk_map(core, bob, PKV_TIER_POOL, pkv_place_chunk(pkv_table_layer(t, 0, 20)[0].rows)),
+                     PKV_ERR_GPU_DEVICE);
+    assert_int_equal(core_chunk_map(core, bob, PKV_TIER_POOL, pkv_place_chunk(pkv_table_layer(other, 0, 20)[0].rows)),
+                     PKV_ERR_OK);
     struct core_view view;
     assert_int_equal(core_seq_view(core, alice, mine, 0, &view), PKV_ERR_OK);
     assert_int_equal(view.device, 1);
