@@ -48,6 +48,13 @@ void cuda_device_leave(struct cuda_device *d)
     (void)d->cu->cuCtxPopCurrent(&ours); /* fails only once the context is lost */
 }
 
+/* Whether the context still answers: once it does not, it never will. */
+static bool answers(struct cuda_device *d)
+{
+    CUresult c = d->cu->cuEventQuery(d->lanes[GPU_ON_DEVICE].events[0]);
+    return c == CUDA_SUCCESS || c == CUDA_ERROR_NOT_READY;
+}
+
 int cuda_device_error(struct cuda_device *d, CUresult result)
 {
     switch (result) {
@@ -72,7 +79,10 @@ int cuda_device_error(struct cuda_device *d, CUresult result)
     case CUDA_ERROR_UNMAP_FAILED:
     case CUDA_ERROR_ALREADY_MAPPED:
         return -PKV_ERR_SYSTEM;
-    default: /* faults of kernels and of the memory, a context or driver that went: nothing of them passes */
+    default:
+        /* Faults of kernels and of the memory, a driver that went, and oddities that pass: a descriptor that is no chunk's. */
+        if (d->lanes[GPU_ON_DEVICE].events[0] && answers(d))
+            return -PKV_ERR_SYSTEM;
         __atomic_store_n(&d->lost, 1, __ATOMIC_RELEASE);
         return -PKV_ERR_GPU_LOST;
     }
