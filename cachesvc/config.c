@@ -23,7 +23,7 @@ struct row {
 static const char *const io_choices[] = {"auto", "uring", "epoll", NULL};
 static const char *const yes_choices[] = {"no", "yes", NULL};
 static const char *const log_choices[] = {"error", "warn", "info", "debug", NULL};
-static const char *const backend_choices[] = {"host", NULL};
+static const char *const backend_choices[] = {"host", "cuda", "auto", NULL};
 static const char *const isa_choices[] = {"best", "c", "avx2", "avx512", NULL};
 
 #define AT(member)   offsetof(struct config, member)
@@ -47,7 +47,10 @@ static const struct row rows[] = {
      "mean relative error of attention, in millionths, above which a model's alarm is raised; 0: never"},
     {"recalibrate-s", "600", KIND_NUMBER, AT(recalibrate_s), 0, 0, 31536000, NULL,
      "seconds between two calibrations of a model whose alarm stands, at least; 0: it is never calibrated again"},
-    {"backend", "host", KIND_CHOICE, TEXT(backend), 0, 0, backend_choices, "kernels of served selects"},
+    {"backend", "host", KIND_CHOICE, TEXT(backend), 0, 0, backend_choices,
+     "where the pool lies and served selects run: CPU, GPU, or GPU if there is one"},
+    {"device", "", KIND_TEXT, TEXT(device), 0, 0, NULL,
+     "GPUs of the pool: numbers or UUIDs with commas between, or all; default: the first that can be used"},
     {"isa", "best", KIND_CHOICE, TEXT(isa), 0, 0, isa_choices, "instruction set of the host backend"},
     {"populate", "yes", KIND_CHOICE, AT(populate), 0, 0, 0, yes_choices,
      "take all memory at the start, so that a lack of it shows then"},

@@ -14,6 +14,7 @@ enum config_io { CONFIG_IO_AUTO, CONFIG_IO_URING, CONFIG_IO_EPOLL };
 struct config {
     char socket[256]; /* empty: the user's default */
     char backend[16], isa[16];
+    char device[256];                              /* which GPUs; empty: the first that can be used */
     uint64_t pool_bytes, arena_bytes, chunk_bytes; /* chunk_bytes 0: chosen from the others */
     uint64_t threads, spin_us, grant_timeout_ms;
     uint64_t audit_ppm, audit_alarm_ppm, recalibrate_s;

@@ -1,6 +1,7 @@
 /* The daemon's birth and death; what it does in between is in turn.c. */
 #include "cachesvc/daemon.h"
 
+#include "cachesvc/copies.h"
 #include "cachesvc/worker.h"
 
 #include <errno.h>
@@ -13,8 +14,6 @@
 #include <sys/signalfd.h>
 #include <time.h>
 #include <unistd.h>
-
-#define COPIES_THREADS 4u
 
 #ifndef F_SEAL_FUTURE_WRITE
 #define F_SEAL_FUTURE_WRITE 0x0010
@@ -90,41 +89,71 @@ static uint32_t threads_of(const struct config *c)
     return c->threads ? (uint32_t)c->threads : cpus > 0 ? (uint32_t)PKV_MIN(cpus, 64) : 1;
 }
 
+/* The grain of a device's memory is a limit below; the operator's own choice is not changed. */
+static int chunk_choose(struct daemon *d, uint64_t *ret)
+{
+    const struct config *c = &d->config;
+    uint64_t chunk = config_chunk_bytes(c), least = PKV_CHUNK_BYTES_MIN;
+    for (uint32_t i = 0; i < d->devices.count; i++)
+        least = PKV_MAX(least, gpu_device_about(d->devices.device[i])->grain);
+    chunk = c->chunk_bytes ? chunk : PKV_MAX(chunk, least);
+    if (chunk % least || c->pool_bytes / chunk < PKV_MAX(d->devices.count, 1u) || c->arena_bytes < chunk) {
+        log_error("chunks of %llu KiB do not do: a GPU's are multiples of %llu KiB, and each GPU needs one in pool-bytes",
+                  (unsigned long long)chunk >> 10, (unsigned long long)least >> 10);
+        return -EINVAL;
+    }
+    *ret = chunk;
+    return 0;
+}
+
 static int memory_make(struct daemon *d)
 {
     const struct config *c = &d->config;
-    uint64_t chunk = config_chunk_bytes(c);
-    int r = memory_create(&d->memory, chunk, c->pool_bytes, c->arena_bytes, c->populate ? threads_of(c) : 0);
-    if (r)
-        log_error("no memory for a pool of %llu MiB and an arena of %llu MiB: %s; make them smaller, or see pivotkv doctor",
-                  (unsigned long long)c->pool_bytes >> 20, (unsigned long long)c->arena_bytes >> 20, strerror(-r));
-    return r;
+    int r = devices_open(&d->devices, c->backend, c->device);
+    struct memory_options options = {.pool_bytes = c->pool_bytes,
+                                     .arena_bytes = c->arena_bytes,
+                                     .populate = c->populate ? threads_of(c) : 0,
+                                     .devices = &d->devices};
+    r = r ? r : chunk_choose(d, &options.chunk_bytes);
+    return r ? r : memory_create(&d->memory, &options);
 }
 
 static int core_make(struct daemon *d)
 {
     struct core_config config = {.pool_chunks = d->memory.count[PKV_TIER_POOL],
                                  .arena_chunks = d->memory.count[PKV_TIER_ARENA],
+                                 .pool_devices = d->devices.count,
                                  .chunk_bytes = d->memory.chunk_bytes,
                                  .grant_timeout_ns = d->config.grant_timeout_ms * 1000000u};
     d->core = core_create(&config, &(struct core_hooks){tables_alloc, tables_free, &d->tables});
     return d->core ? 0 : -ENOMEM;
 }
 
+/* What served selects run on: a device each, or the CPU. */
+static int gpus_make(struct daemon *d)
+{
+    const char *isa = strcmp(d->config.isa, "best") ? d->config.isa : NULL;
+    struct gpu_options options = {.backend = d->devices.count ? "cuda" : "host", .isa = isa, .threads = threads_of(&d->config)};
+    for (uint32_t i = 0; i < PKV_MAX(d->devices.count, 1u); i++) {
+        options.device = d->devices.device[i];
+        int r = gpu_open(&options, &d->gpus[i]);
+        if (r) {
+            log_error("backend %s, isa %s: %s", options.backend, d->config.isa, pkv_err_text((uint32_t)-r));
+            return pkv_err_status((uint32_t)-r);
+        }
+    }
+    return 0;
+}
+
 static int threads_make(struct daemon *d)
 {
-    uint32_t threads = threads_of(&d->config);
-    const char *isa = strcmp(d->config.isa, "best") ? d->config.isa : NULL;
-    struct gpu_options options = {.backend = d->config.backend, .isa = isa, .threads = threads};
-    int r = gpu_open(&options, &d->gpu);
-    if (r) {
-        log_error("backend %s, isa %s: %s", d->config.backend, d->config.isa, pkv_err_text((uint32_t)-r));
-        return pkv_err_status((uint32_t)-r);
-    }
+    int r = gpus_make(d);
+    if (r)
+        return r;
     d->copies_event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), d->served_event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (d->copies_event < 0 || d->served_event < 0)
         return -errno;
-    r = mover_start(&d->copies, PKV_MIN(threads, COPIES_THREADS), d->copies_event);
+    r = copies_start(d, threads_of(&d->config));
     return r ? r : mover_start(&d->served, 1, d->served_event);
 }
 
@@ -159,7 +188,7 @@ int daemon_create(const struct config *config, struct daemon **ret)
     log_info("ready on %s: pool %llu MiB (%s), arena %llu MiB (%s), chunks of %llu MiB, %s, %s", d->listener.path,
              (unsigned long long)config->pool_bytes >> 20, memory_pages(&d->memory, PKV_TIER_POOL),
              (unsigned long long)config->arena_bytes >> 20, memory_pages(&d->memory, PKV_TIER_ARENA),
-             (unsigned long long)d->memory.chunk_bytes >> 20, gpu_describe(d->gpu), d->io->name);
+             (unsigned long long)d->memory.chunk_bytes >> 20, gpu_describe(d->gpus[0]), d->io->name);
     *ret = d;
     return 0;
 }
@@ -171,8 +200,7 @@ void daemon_destroy(struct daemon *d)
     for (uint32_t i = 0; i < DAEMON_CONNECTIONS_MAX; i++)
         if (d->workers[i])
             worker_leave(d->workers[i], false, "the daemon ends");
-    if (d->copies.event > 0)
-        mover_stop(&d->copies);
+    copies_stop(d);
     if (d->served.event > 0)
         mover_stop(&d->served);
     if (d->core) {
@@ -181,11 +209,13 @@ void daemon_destroy(struct daemon *d)
         daemon_act(d);
     }
     core_destroy(d->core);
-    gpu_close(d->gpu);
+    for (uint32_t i = 0; i < DEVICES_MAX; i++)
+        gpu_close(d->gpus[i]);
     if (d->loop)
         d->io->close(d->loop);
     tables_destroy(&d->tables);
     memory_destroy(&d->memory);
+    devices_close(&d->devices);
     if (d->control)
         munmap(d->control, 4096);
     states_close(d->states);

@@ -5,8 +5,11 @@
 #include "cachesvc/admin.h"
 #include "cachesvc/config.h"
 #include "cachesvc/core/core.h"
+#include "cachesvc/courier.h"
+#include "cachesvc/devices.h"
 #include "cachesvc/listen.h"
 #include "cachesvc/loop.h"
+#include "cachesvc/loss.h"
 #include "cachesvc/memory.h"
 #include "cachesvc/mover.h"
 #include "cachesvc/quality.h"
@@ -29,6 +32,7 @@ struct daemon_counters {
 
 struct daemon {
     struct config config;
+    struct devices devices;
     struct memory memory;
     struct tables tables;
     struct pkv_control *control;
@@ -38,7 +42,9 @@ struct daemon {
     struct loop *loop;
     int copies_event, served_event, signals;
     struct mover copies, served;
-    struct gpu *gpu; /* of the served mover's thread */
+    struct courier couriers[DEVICES_MAX];
+    struct gpu *gpus[DEVICES_MAX]; /* one per device, or one on the host; of the served mover's thread */
+    struct loss loss;
     struct listener listener;
     struct admin admin;
     struct worker *workers[DAEMON_CONNECTIONS_MAX];
@@ -55,9 +61,11 @@ struct daemon {
 
 /* 0, or -errno after saying why. */
 int daemon_create(const struct config *config, struct daemon **ret);
-/* Serves until SIGTERM or SIGINT; 0, or -errno after saying why. */
+/* Serves until SIGTERM or SIGINT; 0, or -errno after saying why. -ENOTRECOVERABLE: a GPU was lost. */
 int daemon_run(struct daemon *daemon);
 void daemon_destroy(struct daemon *daemon);
+
+#define DAEMON_EXIT_GPU_LOST 3 /* exit status: start it again */
 
 uint64_t daemon_now_ns(void);
 /* Carries out what the core decided. */

@@ -1,6 +1,7 @@
 /* pivotkvd: reads its settings, serves until it is told to end. */
 #include "cachesvc/daemon.h"
 
+#include <errno.h>
 #include <signal.h>
 #include <sys/resource.h>
 
@@ -29,5 +30,5 @@ int main(int argc, char **argv)
     int r = daemon_run(daemon);
     daemon_destroy(daemon);
     log_info("ended");
-    return r ? 1 : 0;
+    return r == -ENOTRECOVERABLE ? DAEMON_EXIT_GPU_LOST : r ? 1 : 0;
 }

@@ -74,12 +74,43 @@ static void copy_name(char to[PKV_NAME_BYTES], const char *from)
             *c = '?'; /* names go to logs and terminals */
 }
 
+/* The one with the fewest workers. */
+static uint32_t device_for_worker(const struct daemon *d)
+{
+    uint32_t load[DEVICES_MAX + 1] = {0}, best = 0;
+    for (uint32_t i = 0; i < DAEMON_CONNECTIONS_MAX; i++)
+        load[d->workers[i] && d->workers[i]->state == WORKER_JOINED ? d->workers[i]->device : DEVICES_MAX]++;
+    for (uint32_t i = 1; i < d->devices.count; i++)
+        best = load[i] < load[best] ? i : best;
+    return best;
+}
+
+/* What both sides can do, and on which device. A worker that knows nothing of devices cannot map a pool that lies on one. */
+static enum pkv_err settle(struct worker *w, const struct pkv_hello *h, struct pkv_reply *r)
+{
+    static const uint8_t any[PKV_UUID_BYTES];
+    const struct devices *devices = &w->daemon->devices;
+    bool cuda = devices->count && h->features & PKV_FEATURE_CUDA;
+    r->features = h->features & (cuda ? PKV_FEATURES : devices->count ? PKV_FEATURE_SERVED : PKV_FEATURES & ~PKV_FEATURE_CUDA);
+    if (h->required & ~r->features)
+        return PKV_ERR_BACKEND;
+    if (!cuda)
+        return PKV_ERR_OK;
+    w->device = memcmp(h->device, any, sizeof(any)) ? devices_find(devices, h->device) : device_for_worker(w->daemon);
+    if (w->device == DEVICES_MAX)
+        return PKV_ERR_GPU_DEVICE;
+    memcpy(r->device, gpu_device_about(devices->device[w->device])->uuid, sizeof(r->device));
+    return PKV_ERR_OK;
+}
+
 static bool on_hello(struct worker *w, const struct pkv_hello *h)
 {
     struct daemon *d = w->daemon;
-    struct pkv_reply r = {.features = h->features & PKV_FEATURES};
+    struct pkv_reply r = {.err = PKV_ERR_OK};
     int tables = -1;
     r.err = w->state == WORKER_NEW ? pkv_check_hello(h) : PKV_ERR_INVALID;
+    if (r.err == PKV_ERR_OK)
+        r.err = loss_happened(&d->loss) ? PKV_ERR_GPU_LOST : settle(w, h, &r);
     if (r.err == PKV_ERR_OK) {
         copy_name(w->tenant, h->tenant[0] ? h->tenant : "default");
         copy_name(w->label, h->label);
@@ -98,6 +129,8 @@ static bool on_hello(struct worker *w, const struct pkv_hello *h)
         reply(w, PKV_MSG_HELLO, &r, NULL, 0);
         return false;
     }
+    if (w->device != DEVICES_MAX)
+        core_worker_device(d->core, w->id, w->device);
     w->state = WORKER_JOINED;
     d->counters.workers_joined++;
     log_info("worker %u (%s, pid %d) joined tenant %s", w->id, w->label, w->pid, w->tenant);
@@ -119,15 +152,17 @@ static void on_model(struct worker *w, struct pkv_model_request *m)
 
 static void on_map(struct worker *w, const struct pkv_map_request *m)
 {
-    struct pkv_reply r = {.err = m->reserved ? PKV_ERR_RESERVED : core_chunk_map(w->daemon->core, w->id, m->tier, m->chunk)};
+    struct pkv_reply r = {.err = m->reserved ? PKV_ERR_RESERVED : PKV_ERR_OK};
+    if (r.err == PKV_ERR_OK)
+        r.err = loss_happened(&w->daemon->loss) ? PKV_ERR_GPU_LOST : core_chunk_map(w->daemon->core, w->id, m->tier, m->chunk);
     if (r.err != PKV_ERR_OK) {
         reply(w, PKV_MSG_MAP, &r, NULL, 0);
         return;
     }
     w->direct = true;
-    const struct offload_chunk *c = &w->daemon->memory.chunks[m->tier][m->chunk];
-    r.bytes = c->bytes;
-    reply(w, PKV_MSG_MAP, &r, &c->fd, 1);
+    int fd = memory_fd(&w->daemon->memory, m->tier, m->chunk);
+    r.bytes = w->daemon->memory.chunk_bytes;
+    reply(w, PKV_MSG_MAP, &r, &fd, 1);
 }
 
 static void on_state(struct worker *w, const struct pkv_state_request *s, int *fd)
@@ -155,7 +190,7 @@ static bool dispatch(struct worker *w, union message *m, size_t bytes, int *fd)
     switch (kind) {
     case PKV_MSG_HELLO:
         /* Another version's hello may have another size: it is to be told so. One of ours with a wrong size is refused. */
-        m->hello.reserved[0] |= bytes != sizeof(m->hello);
+        m->hello.reserved |= bytes != sizeof(m->hello);
         return on_hello(w, &m->hello);
     case PKV_MSG_MODEL:
         if (bytes != sizeof(m->model))

@@ -15,14 +15,14 @@ static void work(struct served *s)
                                    .tokens = a->tokens,
                                    .k = data + at.k,
                                    .v = data + at.v};
-    int r = a->flags & PKV_APPEND_SIGNATURES ? 0 : gpu_append(d->gpu, &args);
+    int r = a->flags & PKV_APPEND_SIGNATURES ? 0 : gpu_append(s->gpu, &args);
     struct gpu_signatures_args signatures = {.geom = &s->geom,
                                              .space = args.space,
                                              .blocks = s->blocks,
                                              .first_token = a->first_token,
                                              .tokens = a->tokens,
                                              .signatures = data + at.signatures};
-    r = r ? r : gpu_put_signatures(d->gpu, &signatures);
+    r = r ? r : gpu_put_signatures(s->gpu, &signatures);
     s->err = (enum pkv_err) - r;
 }
 

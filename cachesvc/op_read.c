@@ -12,7 +12,7 @@ static void work(struct served *s)
                                  .first_block = r->first_block,
                                  .count = r->count,
                                  .ret_rows = worker_data(s->worker) + r->out_off};
-    s->err = (enum pkv_err) - gpu_read(d->gpu, &args);
+    s->err = (enum pkv_err) - gpu_read(s->gpu, &args);
 }
 
 void op_read(struct worker *w, const struct pkv_submission *s)

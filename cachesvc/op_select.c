@@ -53,7 +53,7 @@ static int select_and_gather(struct served *s, const struct scratch *x, uint32_t
         .weights = (const int8_t *)(x->query + in.weights),
         .scales = scales};
     struct gpu_rows rows = {.rows_max = rows_max, .index = x->index, .count = x->count, .score = x->score};
-    int r = gpu_select(d->gpu, &args, &rows);
+    int r = gpu_select(s->gpu, &args, &rows);
     if (r)
         return r;
     char *out = worker_data(s->worker) + s->submission.u.select.out_off;
@@ -62,7 +62,7 @@ static int select_and_gather(struct served *s, const struct scratch *x, uint32_t
     memcpy(out + at.score, x->score, lists * rows_max * sizeof(*x->score));
     for (uint64_t i = 0; i < lists; i++)
         s->value0 += x->count[i];
-    return a->flags & PKV_SELECT_NO_ROWS ? 0 : gpu_gather(d->gpu, &args, &rows, out + at.rows);
+    return a->flags & PKV_SELECT_NO_ROWS ? 0 : gpu_gather(s->gpu, &args, &rows, out + at.rows);
 }
 
 static void work(struct served *s)

@@ -32,6 +32,7 @@ struct served *served_new(struct worker *w, const struct pkv_submission *s, cons
             memcpy(blocks, view.blocks, count * sizeof(*blocks));
             *job = (struct served){.worker = w, .submission = *s, .geom = view.model->geom, .blocks = blocks, .count = count};
             job->work = work;
+            job->gpu = w->daemon->gpus[view.device];
             return job;
         }
         free(blocks);
@@ -61,6 +62,8 @@ static void done(struct mover_job *job)
     struct worker *w = s->worker;
     w->served = NULL;
     w->daemon->serving--;
+    if (s->err == PKV_ERR_GPU_LOST)
+        loss_report(w->daemon, "a served operation failed");
     w->daemon->counters.served_rows += s->value0;
     if (w->state == WORKER_LEFT) {
         worker_free(w);

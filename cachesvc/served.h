@@ -9,6 +9,7 @@
 struct served {
     struct mover_job job;
     struct worker *worker;
+    struct gpu *gpu; /* on the sequence's device */
     struct pkv_submission submission;
     uint64_t epoch;
     struct pkv_geom geom;

@@ -168,7 +168,7 @@ json_t *stats_stat(struct daemon *d)
     }
     json_t *o = json_pack("{s:s, s:i, s:o, s:s, s:s, s:s, s:s}", "version", PKV_VERSION, "pid", (int)getpid(), "uptime_s",
                           number((daemon_now_ns() - d->started_ns) / 1000000000u), "socket", d->listener.path, "backend",
-                          gpu_describe(d->gpu), "io", d->io->name, "heap", heap_name());
+                          gpu_describe(d->gpus[0]), "io", d->io->name, "heap", heap_name());
     json_object_set_new(o, "pool", tier_json(d, &s, PKV_TIER_POOL));
     json_object_set_new(o, "arena", tier_json(d, &s, PKV_TIER_ARENA));
     json_object_set_new(

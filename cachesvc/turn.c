@@ -7,6 +7,7 @@
 #include "cachesvc/daemon.h"
 
 #include "cachesvc/audit.h"
+#include "cachesvc/copies.h"
 #include "cachesvc/served.h"
 
 #include <errno.h>
@@ -14,58 +15,12 @@
 #include <sys/signalfd.h>
 #include <unistd.h>
 
-#define HELLO_NS   5000000000ull /* a connection says hello within this */
-#define IDLE_NS    1000000000ull /* the longest sleep */
-#define READERS_NS 200000ull     /* the sleep while an operation waits for readers to pass an epoch */
+#define HELLO_NS      5000000000ull /* a connection says hello within this */
+#define IDLE_NS       1000000000ull /* the longest sleep */
+#define LOSS_SLEEP_NS 10000000ull   /* the longest one before the end */
+#define READERS_NS    200000ull     /* the sleep while an operation waits for readers to pass an epoch */
 
 /* ---- what the core decided ---- */
-
-struct copy_job {
-    struct mover_job job;
-    struct daemon *daemon;
-    uint32_t copy;
-    void *to;
-    const void *from;
-    uint64_t bytes, checksum, ns;
-};
-
-static void copy_run(struct mover_job *job)
-{
-    struct copy_job *c = PKV_CONTAINER_OF(job, struct copy_job, job);
-    uint64_t begin = daemon_now_ns();
-    c->checksum = offload_copy(c->to, c->from, c->bytes);
-    c->ns = daemon_now_ns() - begin;
-}
-
-static void copy_done(struct mover_job *job)
-{
-    struct copy_job *c = PKV_CONTAINER_OF(job, struct copy_job, job);
-    c->daemon->counters.copy_bytes += c->bytes;
-    c->daemon->counters.copy_ns += c->ns;
-    core_copied(c->daemon->core, c->copy, true, c->checksum);
-    free(c);
-}
-
-static void *address(struct daemon *d, uint64_t place, uint64_t bytes)
-{
-    return (void *)(uintptr_t)pkv_place_address(d->memory.bases[pkv_place_tier(place)][pkv_place_chunk(place)], place, bytes);
-}
-
-static void act_copy(struct daemon *d, const struct core_action *a)
-{
-    struct copy_job *c = malloc(sizeof(*c));
-    if (!c) {
-        core_copied(d->core, a->copy, false, 0);
-        return;
-    }
-    *c = (struct copy_job){.job = {.run = copy_run, .done = copy_done},
-                           .daemon = d,
-                           .copy = a->copy,
-                           .to = address(d, a->to, a->bytes),
-                           .from = address(d, a->from, a->bytes),
-                           .bytes = a->bytes};
-    mover_submit(&d->copies, &c->job);
-}
 
 static struct worker *worker_find(struct daemon *d, uint32_t id)
 {
@@ -80,10 +35,10 @@ void daemon_act(struct daemon *d)
     struct core_action a;
     while (core_next_action(d->core, &a)) {
         if (a.kind == CORE_COPY) {
-            act_copy(d, &a);
+            copies_act(d, &a);
         } else if (a.kind == CORE_CHUNK_RESET) {
             if (memory_reset(&d->memory, a.tier, a.chunk))
-                log_warn("no fresh memory for a chunk that changes its tenant: the old memory was zeroed");
+                loss_report(d, "no memory for a chunk that changes its tenant: somebody still holds the old one");
         } else {
             struct worker *w = worker_find(d, a.worker);
             if (w)
@@ -206,9 +161,9 @@ static void flags(struct daemon *d, uint32_t waiting)
 
 static uint64_t sleep_bound(struct daemon *d, uint64_t now)
 {
-    uint64_t bound = IDLE_NS, deadline = core_deadline(d->core);
+    uint64_t bound = loss_happened(&d->loss) ? LOSS_SLEEP_NS : IDLE_NS, deadline = core_deadline(d->core);
     if (deadline != UINT64_MAX)
-        bound = PKV_MIN(READERS_NS, deadline > now ? deadline - now : 0);
+        bound = PKV_MIN(PKV_MIN(bound, READERS_NS), deadline > now ? deadline - now : 0);
     for (uint32_t i = 0; i < DAEMON_CONNECTIONS_MAX; i++)
         if (d->workers[i] && d->workers[i]->backlog_count)
             bound = PKV_MIN(bound, 1000000u); /* nothing tells when a worker reaps */
@@ -240,6 +195,8 @@ int daemon_run(struct daemon *d)
     int n = 0;
     while (!d->stop && n >= 0) {
         uint64_t now = daemon_now_ns();
+        if (loss_turn(d, now))
+            return -ENOTRECOVERABLE;
         audit_turn(d, now);
         if (turn(d))
             busy = now;

@@ -32,6 +32,7 @@ int worker_accept(struct daemon *d, int socket, int pid)
                          .event = -1,
                          .region_fd = -1,
                          .pid = pid,
+                         .device = DEVICES_MAX,
                          .token = d->next_token,
                          .accepted_ns = daemon_now_ns()};
     d->next_token += 4;
@@ -120,6 +121,12 @@ static void futex_wake(uint32_t *word)
     syscall(SYS_futex, word, FUTEX_WAKE, INT32_MAX, NULL, NULL, 0);
 }
 
+void worker_wake(struct worker *w)
+{
+    if (w->state == WORKER_JOINED)
+        futex_wake(&w->region->cq_tail.value);
+}
+
 static bool push(struct worker *w, const struct pkv_completion *c)
 {
     if (!pkv_cq_push(w->region, &w->cq_tail, c))
@@ -172,7 +179,7 @@ bool worker_drain(struct worker *w)
     while (n < WORKER_TURN && w->state == WORKER_JOINED && !w->served && !w->backlog_count &&
            pkv_sq_pop(w->region, &w->sq_head, &s)) {
         n++;
-        enum pkv_err e = pkv_check_submission(&s, w->data_bytes);
+        enum pkv_err e = loss_happened(&w->daemon->loss) ? PKV_ERR_GPU_LOST : pkv_check_submission(&s, w->data_bytes);
         if (e == PKV_ERR_OK) {
             optable[s.op].run(w, &s);
         } else {

@@ -28,6 +28,7 @@ struct worker {
     uint64_t accepted_ns;
     char tenant[PKV_NAME_BYTES], label[PKV_NAME_BYTES];
     bool direct;     /* has mapped a chunk */
+    uint32_t device; /* of daemon->devices that it runs on; DEVICES_MAX: none */
     uint64_t models; /* that it has opened, one bit each */
     struct pkv_model_quality audited[PKV_MODELS_MAX];
     bool doomed; /* the backlog is full: it is dropped at the end of the turn */
@@ -51,6 +52,8 @@ void worker_ready(struct worker *worker, uint32_t which);
 bool worker_drain(struct worker *worker);
 bool worker_has_work(const struct worker *worker);
 void worker_complete(struct worker *worker, uint32_t tag, enum pkv_err err, uint64_t value0, uint64_t value1);
+/* Lets the worker look around, if it sleeps over its completions. */
+void worker_wake(struct worker *worker);
 /* Pushes what did not fit before. */
 void worker_flush(struct worker *worker);
 

@@ -2,11 +2,12 @@
  * piece sealed can leave the pool while the next waits for its grant. A piece that fails takes the earlier ones back. */
 #include "client/internal.h"
 
-#define PIECE_BLOCKS     64u
-#define PIECE_SHARE      8u /* of the pool, at most: two pieces of several workers are in it at once */
-#define CACHED_BLOCKS    8u
-#define STATE_MIN_TOKENS 16u /* shorter calls do not begin a model's calibration: it solves in the call, for decode too long \
-                              */
+#define PIECE_BLOCKS  64u
+#define PIECE_SHARE   8u /* of the pool, at most: two pieces of several workers are in it at once */
+#define CACHED_BLOCKS 8u
+#define STATE_MIN_TOKENS                                                                                \
+    16u /* shorter calls do not begin a model's calibration: it solves in the call, for decode too long \
+         */
 
 static int grant(struct pkv_seq *seq, uint32_t layer, uint64_t tokens)
 {

@@ -39,6 +39,8 @@ int kv_done(struct pkv *kv, int r)
 int daemon_check(struct pkv *kv)
 {
     struct pollfd p[] = {{.fd = kv->socket, .events = POLLIN}, {.fd = kv->process, .events = POLLIN}};
+    if (kv->control && pkv_load64(&kv->control->lost))
+        return -PKV_ERR_GPU_LOST;
     /* Between calls the daemon sends nothing: whatever can be read is its end. The process tells sooner than the socket, which
      * an io_uring keeps open for a while. */
     if (!kv->gone && poll(p, 2, 0) > 0)
@@ -104,7 +106,7 @@ int socket_call(struct pkv *kv, const void *request, size_t bytes, int fd, struc
         r = receive_reply(kv->socket, ret, fds);
     if (r) {
         kv->gone = true; /* after a late reply no other could be told apart */
-        return r;
+        return r == -PKV_ERR_DAEMON_GONE ? daemon_check(kv) : r;
     }
     if (ret->err == PKV_ERR_OK && ret_fd) {
         *ret_fd = fds[0];
@@ -208,13 +210,13 @@ static int say_hello(struct pkv *kv, const struct pkv_options *o)
                               .message = PKV_MSG_HELLO,
                               .version_major = PKV_VERSION_MAJOR,
                               .version_minor = PKV_VERSION_MINOR,
-                              .features = PKV_FEATURES,
-                              .required = kv->served ? PKV_FEATURE_SERVED : PKV_FEATURE_DIRECT,
                               .data_bytes = o->data_bytes ? o->data_bytes : 64ull << 20};
     if (!name_copy(hello.tenant, o->tenant) || !name_copy(hello.label, o->label ? o->label : program_invocation_short_name))
         return -PKV_ERR_INVALID;
     struct pkv_reply reply;
-    int fds[HELLO_FDS], r = send_message(kv->socket, &hello, sizeof(hello), -1);
+    int fds[HELLO_FDS], r = backend_offer(kv, o, &hello);
+    if (!r)
+        r = send_message(kv->socket, &hello, sizeof(hello), -1);
     if (!r)
         r = receive_reply(kv->socket, &reply, fds);
     if (r)
@@ -223,18 +225,17 @@ static int say_hello(struct pkv *kv, const struct pkv_options *o)
     r = e == PKV_ERR_OK ? map_welcome(kv, &reply, fds) : -(int)e;
     kv->worker = reply.id;
     close_all(fds);
-    return r;
+    return r ? r : backend_settle(kv, o, &reply);
 }
 
-static int open_kernels(struct pkv *kv, const struct pkv_options *o)
+static int make_tables(struct pkv *kv)
 {
-    struct gpu_options options = {.backend = o->backend, .isa = o->isa, .threads = o->threads};
     for (uint32_t tier = PKV_TIER_POOL; tier < PKV_TIERS; tier++)
         kv->readable[tier] = calloc(PKV_CHUNKS_MAX, sizeof(uint64_t));
     kv->writable = calloc(PKV_CHUNKS_MAX, sizeof(uint64_t));
     if (!kv->readable[PKV_TIER_POOL] || !kv->readable[PKV_TIER_ARENA] || !kv->writable)
         return -PKV_ERR_NO_MEMORY;
-    return gpu_open(&options, &kv->gpu);
+    return 0;
 }
 
 int pkv_connect(const char *path, const struct pkv_options *options, struct pkv **ret)
@@ -244,7 +245,7 @@ int pkv_connect(const char *path, const struct pkv_options *options, struct pkv 
         o = *options;
     struct pkv *kv = calloc(1, sizeof(*kv));
     int r = kv ? 0 : -PKV_ERR_NO_MEMORY;
-    if (!r && ((options && options->size != sizeof(o)) || o.flags & ~PKV_CONNECT_SERVED || o.reserved))
+    if (!r && ((options && options->size != sizeof(o)) || o.flags & ~PKV_CONNECT_SERVED))
         r = -PKV_ERR_INVALID;
     if (kv) {
         snprintf(kv->error, sizeof(kv->error), "%s", pkv_err_text(PKV_ERR_OK));
@@ -253,7 +254,7 @@ int pkv_connect(const char *path, const struct pkv_options *options, struct pkv 
         kv->timeout_ms = o.timeout_ms ? o.timeout_ms : 10000;
         kv->spin_us = o.spin_us ? o.spin_us : 50;
     }
-    r = r ? r : open_kernels(kv, &o);
+    r = r ? r : make_tables(kv);
     r = r ? r : dial(path, kv->timeout_ms, &kv->socket, &kv->process);
     r = r ? r : say_hello(kv, &o);
     if (!r) {
@@ -294,7 +295,7 @@ void pkv_close(struct pkv *kv)
         close(kv->process);
     if (kv->event >= 0)
         close(kv->event);
-    gpu_close(kv->gpu);
+    backend_close(kv);
     for (uint32_t tier = PKV_TIER_POOL; tier < PKV_TIERS; tier++)
         free(kv->readable[tier]);
     free(kv->writable);

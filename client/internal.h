@@ -5,6 +5,7 @@
 
 #include "client/audit.h"
 #include "client/pivotkv.h"
+#include "gpu/device.h"
 #include "gpu/gpu.h"
 #include "proto/check.h"
 #include "proto/ring.h"
@@ -25,15 +26,18 @@ struct pkv {
     const char *tables;                /* read-only, PKV_TABLE_BYTES */
     uint32_t sq_tail, cq_head, next_tag;
     enum pkv_err late;             /* first failure of an operation that nobody waited for */
-    uint64_t *readable[PKV_TIERS]; /* [PKV_CHUNKS_MAX] chunks mapped read-only */
+    uint64_t *readable[PKV_TIERS]; /* [PKV_CHUNKS_MAX] chunks mapped read-only, as the backend addresses them */
     uint64_t *writable;            /* [PKV_CHUNKS_MAX] pool chunks mapped writable */
+    uint64_t *arena;               /* [PKV_CHUNKS_MAX] on a device: where this process has the arena's chunks */
+    struct gpu_chunk *imported;    /* [PKV_CHUNKS_MAX] on a device: the pool's chunks */
     uint64_t chunk_bytes;
+    struct gpu_device *device; /* NULL: the host backend */
     struct gpu *gpu;
     struct pkv_model *models;
     struct pkv_block_ref *refs; /* scratch, [refs_room] */
     uint64_t refs_room;
     struct audit audit;
-    char error[256];
+    char error[256], description[384];
 };
 
 /* A way to make signatures that will not change any more. */
@@ -88,6 +92,12 @@ int daemon_check(struct pkv *kv);
 /* Keeps the sentence of `r` (0 or -enum pkv_err) and returns its negative errno. */
 int kv_done(struct pkv *kv, int r);
 
+/* backend.c: what hello offers and requires; then, by the daemon's answer, the device and the kernels. Falls back to served
+ * where the caller named no backend. */
+int backend_offer(const struct pkv *kv, const struct pkv_options *o, struct pkv_hello *hello);
+int backend_settle(struct pkv *kv, const struct pkv_options *o, const struct pkv_reply *reply);
+void backend_close(struct pkv *kv);
+
 /* ring.c: one operation and its answer, within timeout_ms. `ret` may be NULL. */
 int ring_call(struct pkv *kv, const struct pkv_submission *submission, struct pkv_completion *ret);
 /* Without waiting; a failure shows in kv->late. */
@@ -95,6 +105,8 @@ int ring_post(struct pkv *kv, const struct pkv_submission *submission);
 
 /* region.c: chunks are mapped when a place in them is met first. */
 int region_map(struct pkv *kv, uint64_t place);
+/* Every chunk that is this tenant's by now, so that no later call meets a new one until the daemon takes another for it. */
+int region_map_all(struct pkv *kv);
 void region_unmap_all(struct pkv *kv);
 struct gpu_space region_readable(const struct pkv *kv);
 struct gpu_space region_writable(const struct pkv *kv);

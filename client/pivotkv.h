@@ -39,19 +39,23 @@ struct pkv_options {
     uint32_t threads;    /* of the host backend; 0: one per CPU */
     uint32_t timeout_ms; /* bound of every wait; 0: 10000 */
     uint32_t spin_us;    /* spin for answers this long before sleeping; 0: 50 */
-    uint32_t reserved;
+    uint32_t device;     /* cuda: 1 + the GPU's number in this process; 0: the one that the daemon gives */
     uint64_t data_bytes; /* of the shared region's data area, a multiple of 4096; 0: 64 MiB */
-    const char *backend; /* "host"; NULL: the best there is */
+    const char *backend; /* "host", "cuda"; NULL: the daemon's, or served where this process cannot use that */
     const char *isa;     /* host backend: "c", "avx2", "avx512"; NULL: the best */
 };
 
 /* `path`: the daemon's socket; NULL: $PIVOTKV_SOCKET, then the default path of this user. `options` may be NULL.
- * -ECONNREFUSED no daemon, -ENAMETOOLONG path, -EPERM another user's socket, -EPROTO version or features, -EUSERS full. */
+ * On a daemon with a pool on GPUs a connection lives on one of them, and so do its sequences: open one connection per GPU.
+ * -ECONNREFUSED no daemon, -ENAMETOOLONG path, -EPERM another user's socket, -EPROTO version, features or backend, -EUSERS
+ * full, -ENODEV the GPU that was asked for cannot be used. */
 PKV_API int pkv_connect(const char *path, const struct pkv_options *options, struct pkv **ret);
 /* Closes all that hangs on the connection. NULL is allowed. */
 PKV_API void pkv_close(struct pkv *kv);
 /* The sentence of the last failure; with NULL, of the last failed pkv_connect of this thread. Never NULL. */
 PKV_API const char *pkv_error(const struct pkv *kv);
+/* How the connection attends: "direct on cuda NVIDIA H100", "served: <why it is not direct>; host avx512, 2 threads". */
+PKV_API const char *pkv_describe(const struct pkv *kv);
 /* One round trip through the rings; *ret_ns how long it took (may be NULL). */
 PKV_API int pkv_ping(struct pkv *kv, uint64_t *ret_ns);
 PKV_API const char *pkv_version(void);

@@ -93,7 +93,7 @@ int ring_call(struct pkv *kv, const struct pkv_submission *submission, struct pk
     struct pkv_completion c;
     struct pkv_submission s = *submission;
     if (kv->gone)
-        return -PKV_ERR_DAEMON_GONE;
+        return daemon_check(kv);
     s.tag = kv->next_tag++ % (POSTED - 1);
     int r = push(kv, &s);
     if (!r)
@@ -111,7 +111,7 @@ int ring_post(struct pkv *kv, const struct pkv_submission *submission)
 {
     struct pkv_submission s = *submission;
     if (kv->gone)
-        return -PKV_ERR_DAEMON_GONE;
+        return daemon_check(kv);
     s.tag = POSTED;
     struct pkv_completion ignored;
     (void)reap(kv, POSTED - 1, &ignored);

@@ -116,6 +116,14 @@ static int seal(int fd, bool readers_only)
     return fcntl(fd, F_ADD_SEALS, seals) ? -errno : 0;
 }
 
+int offload_chunk_populate(struct offload_chunk *c, uint32_t threads)
+{
+    int r = populate(c->base, c->bytes, PKV_MAX(threads, 1u));
+    if (!r && c->pages == OFFLOAD_SMALL && c->bytes >= HUGE_BYTES && madvise(c->base, c->bytes, MADV_COLLAPSE) == 0)
+        __atomic_store_n(&c->pages, OFFLOAD_THP, __ATOMIC_RELAXED); /* others may look meanwhile */
+    return r;
+}
+
 int offload_chunk_create(const struct offload_chunk_options *o, struct offload_chunk *ret)
 {
     if (!o->bytes || o->bytes % 4096 || o->best >= OFFLOAD_PAGES)
@@ -137,12 +145,11 @@ int offload_chunk_create(const struct offload_chunk_options *o, struct offload_c
     bool huge = c.pages == OFFLOAD_SMALL && o->best <= OFFLOAD_THP && o->bytes >= HUGE_BYTES;
     if (huge)
         (void)madvise(c.base, c.bytes, MADV_HUGEPAGE); /* advice; the collapse below tells what came of it */
-    if (o->reserve && fallocate(c.fd, 0, 0, (off_t)c.bytes))
+    /* Mapping them has reserved hugetlb pages, and to allocate them is to zero them on one thread. */
+    if (o->reserve && c.pages != OFFLOAD_HUGETLB && fallocate(c.fd, 0, 0, (off_t)c.bytes))
         r = errno == ENOSPC ? -ENOMEM : -errno;
     if (!r && o->populate)
-        r = populate(c.base, c.bytes, o->populate);
-    if (!r && huge && o->populate && madvise(c.base, c.bytes, MADV_COLLAPSE) == 0)
-        c.pages = OFFLOAD_THP;
+        r = huge ? offload_chunk_populate(&c, o->populate) : populate(c.base, c.bytes, o->populate);
     if (!r)
         r = seal(c.fd, o->readers_only);
     if (r) {

@@ -20,10 +20,15 @@ uint64_t offload_copy(void *to, const void *from, uint64_t bytes)
     return checksum;
 }
 
+uint64_t offload_checksum(const void *data, uint64_t bytes)
+{
+    uint64_t checksum = 0;
+    for (uint64_t at = 0; at < bytes; at += PIECE)
+        checksum = XXH3_64bits_withSeed((const char *)data + at, PKV_MIN(PIECE, bytes - at), checksum);
+    return checksum;
+}
+
 int offload_verify(const void *data, uint64_t bytes, uint64_t checksum)
 {
-    uint64_t seen = 0;
-    for (uint64_t at = 0; at < bytes; at += PIECE)
-        seen = XXH3_64bits_withSeed((const char *)data + at, PKV_MIN(PIECE, bytes - at), seen);
-    return seen == checksum ? 0 : -EBADMSG;
+    return offload_checksum(data, bytes) == checksum ? 0 : -EBADMSG;
 }

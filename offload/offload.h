@@ -36,9 +36,13 @@ uint64_t offload_available(void);
 /* -EINVAL bad size, -ENOMEM not enough memory, -EMFILE too many descriptors. Nothing is left behind on failure. */
 int offload_chunk_create(const struct offload_chunk_options *options, struct offload_chunk *ret);
 void offload_chunk_destroy(struct offload_chunk *chunk);
+/* Touches every page by that many threads, and makes huge ones of them where the kernel can; what the chunk holds stays, and
+ * others may read and write it meanwhile. -ENOMEM. */
+int offload_chunk_populate(struct offload_chunk *chunk, uint32_t threads);
 
 /* Copies and returns the checksum of what was copied (see copy.c). */
 uint64_t offload_copy(void *to, const void *from, uint64_t bytes);
+uint64_t offload_checksum(const void *data, uint64_t bytes); /* the same, without the copy */
 /* 0, or -EBADMSG where the bytes do not have that checksum. */
 int offload_verify(const void *data, uint64_t bytes, uint64_t checksum);
 

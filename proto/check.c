@@ -60,7 +60,7 @@ enum pkv_err pkv_check_hello(const struct pkv_hello *h)
     /* The version comes first: of another version nothing else can be said. */
     if (h->version_major != PKV_VERSION_MAJOR || h->version_minor != PKV_VERSION_MINOR)
         return PKV_ERR_VERSION;
-    if (h->reserved0 || !zero(h->reserved, sizeof(h->reserved)))
+    if (h->reserved0 || h->reserved || (!(h->features & PKV_FEATURE_CUDA) && !zero(h->device, sizeof(h->device))))
         return PKV_ERR_RESERVED;
     if (h->required & ~PKV_FEATURES || h->required & ~h->features)
         return PKV_ERR_FEATURE;
@@ -81,7 +81,8 @@ enum pkv_err pkv_check_welcome(const struct pkv_reply *r, uint64_t required)
         return r->err < PKV_ERR_COUNT ? (enum pkv_err)r->err : PKV_ERR_INVALID;
     if (required & ~r->features)
         return PKV_ERR_FEATURE;
-    return zero(r->reserved, sizeof(r->reserved)) ? PKV_ERR_OK : PKV_ERR_RESERVED;
+    bool device = !zero(r->device, sizeof(r->device));
+    return r->reserved || device != !!(r->features & PKV_FEATURE_CUDA) ? PKV_ERR_RESERVED : PKV_ERR_OK;
 }
 
 enum pkv_err pkv_check_model(const struct pkv_model_request *m)

@@ -82,6 +82,7 @@ enum pkv_op {
     X(blocks_cow, blocks, "blocks copied on write by fork and truncate")       \
     X(copy_bytes, bytes, "bytes moved from pool to arena")                     \
     X(copy_ns, ns, "time in those copies")                                     \
+    X(copies_failed, copies, "copies that failed; each is tried once more")    \
     X(checksum_failures, blocks, "blocks whose checksum did not match")        \
     X(grants_delayed, grants, "grants that waited for room")                   \
     X(grants_refused, grants, "grants refused: pool or arena full")            \

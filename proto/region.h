@@ -67,7 +67,8 @@ struct pkv_control {
     uint64_t epoch;     /* grows each time that places are retired */
     uint64_t instance;  /* random, of this run of the daemon */
     uint64_t pool_bytes, arena_bytes;
-    uint64_t reserved[2];
+    uint64_t lost; /* enum pkv_err; GPU_LOST: the daemon can serve no more and ends */
+    uint64_t reserved;
     struct pkv_model_states models[PKV_MODELS_MAX]; /* by id */
 };
 PKV_WIRE_ASSERT(struct pkv_control, 64 + 8 * PKV_MODELS_MAX, 8, 4 * 4 + 4 * 8 + 2 * 8 + 8 * PKV_MODELS_MAX, models, 64);

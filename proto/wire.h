@@ -26,7 +26,8 @@ static inline uint32_t pkv_handle_gen(uint64_t handle)
 /* Feature bits of hello. A side refuses a peer that requires what it lacks. */
 #define PKV_FEATURE_DIRECT (1ull << 0) /* pool and arena are mapped by the worker */
 #define PKV_FEATURE_SERVED (1ull << 1) /* select, append and read through the data area */
-#define PKV_FEATURES       (PKV_FEATURE_DIRECT | PKV_FEATURE_SERVED)
+#define PKV_FEATURE_CUDA   (1ull << 2) /* the pool lies on a GPU: its chunks are VMM descriptors, see `device` */
+#define PKV_FEATURES       (PKV_FEATURE_DIRECT | PKV_FEATURE_SERVED | PKV_FEATURE_CUDA)
 
 /* Messages on the socket (SOCK_SEQPACKET). A worker has one request outstanding; the daemon answers each with a reply
  * of the same kind. File descriptors travel beside the reply (SCM_RIGHTS). */
@@ -44,14 +45,15 @@ struct pkv_hello {
     uint16_t message; /* PKV_MSG_HELLO */
     uint16_t reserved0;
     uint32_t version_major, version_minor;
-    uint64_t features;           /* offered */
-    uint64_t required;           /* subset of offered that the daemon must have too */
-    uint64_t data_bytes;         /* wanted data area */
-    char tenant[PKV_NAME_BYTES]; /* NUL-terminated; empty is "default" */
-    char label[PKV_NAME_BYTES];  /* shown to the operator */
-    uint64_t reserved[3];
+    uint64_t features;              /* offered */
+    uint64_t required;              /* subset of offered that the daemon must have too */
+    uint64_t data_bytes;            /* wanted data area */
+    char tenant[PKV_NAME_BYTES];    /* NUL-terminated; empty is "default" */
+    char label[PKV_NAME_BYTES];     /* shown to the operator */
+    uint8_t device[PKV_UUID_BYTES]; /* CUDA: the GPU that the worker runs on; zero: one that the daemon chooses */
+    uint64_t reserved;
 };
-PKV_WIRE_ASSERT(struct pkv_hello, 128, 8, 4 + 2 * 2 + 2 * 4 + 3 * 8 + 2 * 32 + 3 * 8, reserved, 104);
+PKV_WIRE_ASSERT(struct pkv_hello, 128, 8, 4 + 2 * 2 + 2 * 4 + 3 * 8 + 2 * 32 + 16 + 8, reserved, 120);
 
 /* Registers a model, or finds it by name; geometry, scheme and weights' digest must agree with the first. */
 struct pkv_model_request {
@@ -105,12 +107,13 @@ struct pkv_reply {
     uint16_t fds; /* beside this reply: HELLO region, eventfd, control page, block tables; MAP one; STATE_GET one */
     uint32_t err; /* enum pkv_err */
     uint32_t version_major, version_minor;
-    uint32_t id;       /* HELLO: worker; MODEL: model; STATE_PUT, STATE_GET: number of the state */
-    uint64_t features; /* common to both sides */
-    uint64_t bytes;    /* HELLO: of the region; MAP, STATE_GET: of the memfd */
-    uint64_t reserved[3];
+    uint32_t id;                    /* HELLO: worker; MODEL: model; STATE_PUT, STATE_GET: number of the state */
+    uint64_t features;              /* common to both sides */
+    uint64_t bytes;                 /* HELLO: of the region; MAP: of the chunk; STATE_GET: of the memfd */
+    uint8_t device[PKV_UUID_BYTES]; /* HELLO with CUDA: the GPU that the worker's sequences live on; else zero */
+    uint64_t reserved;
 };
-PKV_WIRE_ASSERT(struct pkv_reply, 64, 8, 4 + 2 * 2 + 4 * 4 + 2 * 8 + 3 * 8, reserved, 40);
+PKV_WIRE_ASSERT(struct pkv_reply, 64, 8, 4 + 2 * 2 + 4 * 4 + 2 * 8 + 16 + 8, reserved, 56);
 
 /* Payloads of ring operations: 40 bytes each. */
 struct pkv_op_nop {

@@ -1,7 +1,7 @@
 /* The memory of a device against its contract (gpu/device.h): chunks, other processes, copies, tickets, registered memory. Runs
  * on whatever module $PIVOTKV_CUDA_MODULE names: on a CPU the fake one, whose faults are tried too. */
 #include "gpu/device.h"
-#include "tests/fake/faults.h"
+#include "tests/lib/faults.h"
 #include "tests/lib/test.h"
 
 #include <fcntl.h>
@@ -346,18 +346,6 @@ static void test_lost_is_for_good(void **state)
     faults->lost = 0;
 }
 
-/* Before the module is opened: it maps the file once. */
-static void make_faults(void)
-{
-    static char path[] = "/tmp/pivotkv-faults-XXXXXX";
-    int fd = mkstemp(path);
-    if (fd < 0 || ftruncate(fd, sizeof(*faults)))
-        exit(1);
-    faults = mmap(NULL, sizeof(*faults), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    setenv("PIVOTKV_FAKE_FAULTS", path, 1);
-    close(fd);
-}
-
 static pid_t fork_maker(void)
 {
     int sockets[2];
@@ -375,7 +363,7 @@ int main(void)
 {
     const char *module = getenv("PIVOTKV_CUDA_MODULE"), *fake = getenv("PIVOTKV_FAKE_MODULE");
     if (module && fake && !strcmp(module, fake))
-        make_faults();
+        faults = test_faults();
     maker_pid = fork_maker(); /* a driver that is initialised does not survive a fork */
     uint32_t count;
     int r = gpu_device_count(&count);
@@ -401,7 +389,6 @@ int main(void)
     if (faults) {
         printf("# alive at the end: %u chunks, %u pins\n", faults->chunks, faults->pins);
         r = r ? r : faults->pins != 0;
-        unlink(getenv("PIVOTKV_FAKE_FAULTS"));
     }
     return r;
 }

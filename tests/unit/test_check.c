@@ -64,7 +64,11 @@ static void test_hello(void **state)
     assert_int_equal(pkv_check_hello(&h), PKV_ERR_INVALID);
     h = hello(), memset(h.tenant, 'x', sizeof(h.tenant));
     assert_int_equal(pkv_check_hello(&h), PKV_ERR_INVALID);
-    h = hello(), h.reserved[2] = 1;
+    h = hello(), h.reserved = 1;
+    assert_int_equal(pkv_check_hello(&h), PKV_ERR_RESERVED);
+    h = hello(), h.device[3] = 1; /* of a worker that says it can use a GPU */
+    assert_int_equal(pkv_check_hello(&h), h.features & PKV_FEATURE_CUDA ? PKV_ERR_OK : PKV_ERR_RESERVED);
+    h.features = PKV_FEATURE_SERVED;
     assert_int_equal(pkv_check_hello(&h), PKV_ERR_RESERVED);
     h = hello(), h.magic = 0;
     assert_int_equal(pkv_check_hello(&h), PKV_ERR_INVALID);
@@ -77,13 +81,18 @@ static void test_welcome(void **state)
                              .message = PKV_MSG_HELLO,
                              .version_major = PKV_VERSION_MAJOR,
                              .version_minor = PKV_VERSION_MINOR,
-                             .features = PKV_FEATURES},
+                             .features = PKV_FEATURES,
+                             .device = {7}},
                      r = good;
     assert_int_equal(pkv_check_welcome(&r, PKV_FEATURE_DIRECT), PKV_ERR_OK);
     r = good, r.version_major++;
     assert_int_equal(pkv_check_welcome(&r, 0), PKV_ERR_VERSION);
     r = good, r.features = PKV_FEATURE_SERVED;
     assert_int_equal(pkv_check_welcome(&r, PKV_FEATURE_DIRECT), PKV_ERR_FEATURE);
+    r = good, r.device[0] = 0; /* a pool on a GPU that has no name */
+    assert_int_equal(pkv_check_welcome(&r, 0), PKV_ERR_RESERVED);
+    r = good, r.features = PKV_FEATURE_DIRECT;
+    assert_int_equal(pkv_check_welcome(&r, 0), PKV_ERR_RESERVED);
     r = good, r.err = PKV_ERR_WORKERS_FULL;
     assert_int_equal(pkv_check_welcome(&r, 0), PKV_ERR_WORKERS_FULL);
     r = good, r.err = UINT32_MAX;

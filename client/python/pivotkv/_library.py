@@ -11,7 +11,7 @@ VOID, U32, U64, F32 = c.c_void_p, c.c_uint32, c.c_uint64, c.c_float
 
 class Options(c.Structure):
     _fields_ = [("size", U32), ("flags", U32), ("tenant", c.c_char_p), ("label", c.c_char_p), ("threads", U32),
-                ("timeout_ms", U32), ("spin_us", U32), ("reserved", U32), ("data_bytes", U64), ("backend", c.c_char_p),
+                ("timeout_ms", U32), ("spin_us", U32), ("device", U32), ("data_bytes", U64), ("backend", c.c_char_p),
                 ("isa", c.c_char_p)]
 
 
