@@ -5,9 +5,7 @@
 #define PIECE_BLOCKS  64u
 #define PIECE_SHARE   8u /* of the pool, at most: two pieces of several workers are in it at once */
 #define CACHED_BLOCKS 8u
-#define STATE_MIN_TOKENS                                                                                \
-    16u /* shorter calls do not begin a model's calibration: it solves in the call, for decode too long \
-         */
+#define LEARN_CALL    16u /* tokens; shorter calls do not teach a first state: solving it within a decode step takes too long */
 
 static int grant(struct pkv_seq *seq, uint32_t layer, uint64_t tokens)
 {
@@ -77,7 +75,7 @@ static int sign_learnt_again(struct pkv_model *m, uint32_t layer)
 {
     int r = 0;
     for (struct pkv_seq *s = m->seqs; s && !r; s = s->next)
-        if (s->scheme == m->scheme)
+        if (s->scheme == m->scheme0)
             r = seq_sign_again(s, layer);
     return r;
 }
@@ -91,10 +89,10 @@ int model_learn(struct pkv_seq *seq, const struct gpu_observation *o)
         recalibration_observe(m, o);
         return 0;
     }
-    if (o->tokens < STATE_MIN_TOKENS || seq->scheme != m->scheme)
+    if (o->tokens < LEARN_CALL || seq->scheme != m->scheme0)
         return 0;
-    int r = gpu_scheme_observe(m->scheme, o) ? sign_learnt_again(m, o->layer) : 0;
-    return r || !gpu_scheme_settled(m->scheme) ? r : model_learner_share(m);
+    int r = gpu_scheme_observe(m->scheme0, o) ? sign_learnt_again(m, o->layer) : 0;
+    return r || !gpu_scheme_settled(m->scheme0) ? r : model_learner_share(m);
 }
 
 int model_learn_keys(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t tokens, const void *k)

@@ -67,7 +67,7 @@ struct pkv_model {
     float rope_base;
     uint32_t rope_dims, rope_interleaved;
     bool learns;                /* its signatures need no file */
-    struct gpu_scheme *scheme;  /* of a file; else the learner of sequences without a state: NULL when there are none */
+    struct gpu_scheme *scheme0; /* of a file; else the learner of sequences without a state: NULL when there are none */
     struct model_state *states; /* latest first */
     struct recalibration recalibration;
 };

@@ -37,6 +37,11 @@ static int request_of(const struct pkv_model_desc *d, const struct pkv_geom *geo
     return 0;
 }
 
+void pkv_model_defaults(struct pkv_model_desc *ret)
+{
+    *ret = (struct pkv_model_desc){.size = sizeof(*ret), .signature = gpu_scheme_calibrates() ? PKV_CODE : PKV_SIGN};
+}
+
 int pkv_model_open(struct pkv *kv, const struct pkv_model_desc *desc, struct pkv_model **ret)
 {
     struct pkv_model_request request;
@@ -45,11 +50,11 @@ int pkv_model_open(struct pkv *kv, const struct pkv_model_desc *desc, struct pkv
     int r = m ? geom_of(desc, &m->geom) : -PKV_ERR_NO_MEMORY;
     r = r ? r : request_of(desc, &m->geom, &request);
     r = r ? r : -(int)pkv_check_model(&request);
-    r = r ? r : gpu_scheme_open(desc->signature, &m->geom, desc->weights, &m->scheme, request.weights_digest);
+    r = r ? r : gpu_scheme_open(desc->signature, &m->geom, desc->weights, &m->scheme0, request.weights_digest);
     r = r ? r : socket_call(kv, &request, sizeof(request), -1, &reply, NULL);
     if (!r) {
         uint32_t latest;
-        gpu_scheme_rope(m->scheme, request.rope_base, request.rope_dims, request.rope_interleaved);
+        gpu_scheme_rope(m->scheme0, request.rope_base, request.rope_dims, request.rope_interleaved);
         m->kv = kv, m->id = reply.id, m->kind = desc->signature, m->learns = !desc->weights;
         m->rope_base = request.rope_base, m->rope_dims = request.rope_dims, m->rope_interleaved = request.rope_interleaved;
         r = model_latest(m, &latest);

@@ -75,6 +75,10 @@ struct pkv_model_desc {
     uint32_t rope_interleaved;
 };
 
+/* Clears the description and fills in what most want: the size, and PKV_CODE with one bit per head dimension, which calibrates
+ * itself from the first tokens (PKV_SIGN where the library was built without LAPACK). Geometry, type, name and rope are yours.
+ */
+PKV_API void pkv_model_defaults(struct pkv_model_desc *ret);
 /* -ENOTUNIQ: the name is registered with another description. */
 PKV_API int pkv_model_open(struct pkv *kv, const struct pkv_model_desc *desc, struct pkv_model **ret);
 /* Sequences of the model must be closed first: -EBUSY. */

@@ -89,11 +89,11 @@ static struct gpu_scheme *find(const struct pkv_model *m, uint32_t number)
 static int state_get(struct pkv_model *m, uint32_t number, struct gpu_scheme **ret)
 {
     int r = 0;
-    if (!number && !m->scheme)
-        r = model_learner(m, &m->scheme);
+    if (!number && !m->scheme0)
+        r = model_learner(m, &m->scheme0);
     else if (number && !find(m, number))
         r = fetch(m, number);
-    *ret = number ? find(m, number) : m->scheme;
+    *ret = number ? find(m, number) : m->scheme0;
     return r ? r : *ret ? 0 : -PKV_ERR_NO_STATE;
 }
 
@@ -118,9 +118,9 @@ static void trim(struct pkv_model *m)
         gpu_scheme_close(s->scheme);
         free(s);
     }
-    if (m->states && m->learns && m->scheme && !in_use(m, m->scheme)) {
-        gpu_scheme_close(m->scheme);
-        m->scheme = NULL;
+    if (m->states && m->learns && m->scheme0 && !in_use(m, m->scheme0)) {
+        gpu_scheme_close(m->scheme0);
+        m->scheme0 = NULL;
     }
 }
 
@@ -142,7 +142,7 @@ void model_states_close(struct pkv_model *m)
         gpu_scheme_close(s->scheme);
         free(s);
     }
-    gpu_scheme_close(m->scheme);
+    gpu_scheme_close(m->scheme0);
 }
 
 /* ---- sharing ---- */
@@ -195,11 +195,11 @@ static int say_signed(struct pkv_seq *seq)
 
 int model_learner_share(struct pkv_model *m)
 {
-    struct gpu_scheme *scheme = m->scheme;
+    struct gpu_scheme *scheme = m->scheme0;
     int r = model_state_put(m, 1, scheme);
     if (r)
         return r == -PKV_ERR_STATE_EXISTS ? 0 : r; /* seq_settle takes that one */
-    m->scheme = NULL;
+    m->scheme0 = NULL;
     for (struct pkv_seq *s = m->seqs; s && !r; s = s->next)
         if (s->scheme == scheme && s->writer)
             r = say_signed(s);

@@ -206,6 +206,9 @@ int gpu_scheme_open(uint32_t kind, const struct pkv_geom *geom, const char *path
                     uint8_t ret_digest[PKV_DIGEST_BYTES]);
 void gpu_scheme_close(struct gpu_scheme *scheme);
 
+/* Whether `code` needs no file in this build. */
+bool gpu_scheme_calibrates(void);
+
 /* A scheme may still learn from the first tokens: `sign` the keys' mean per layer and head, `code` without a file its whole
  * transform, from keys and queries. `code` must know how positions turn them (base 0: not at all). */
 void gpu_scheme_rope(struct gpu_scheme *scheme, float base, uint32_t dims, bool interleaved);

@@ -161,6 +161,11 @@ bool scheme_learn_observe(struct gpu_scheme *s, const struct gpu_observation *o)
     return changed;
 }
 
+bool gpu_scheme_calibrates(void)
+{
+    return true;
+}
+
 bool gpu_scheme_gathered(const struct gpu_scheme *s)
 {
     for (uint32_t l = 0; l < s->geom.layers; l++)
@@ -227,6 +232,11 @@ int scheme_learn_open(struct gpu_scheme *s)
 }
 
 #else
+
+bool gpu_scheme_calibrates(void)
+{
+    return false;
+}
 
 bool gpu_scheme_gathered(const struct gpu_scheme *s)
 {

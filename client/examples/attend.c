@@ -78,13 +78,11 @@ int main(int argc, char **argv)
     struct pkv_seq *seq;
     if (pkv_connect(argc > 1 ? argv[1] : NULL, NULL, &kv))
         return failed("connect", NULL);
-    struct pkv_model_desc desc = {.size = sizeof(desc),
-                                  .layers = LAYERS,
-                                  .q_heads = Q_HEADS,
-                                  .kv_heads = KV_HEADS,
-                                  .head_dim = DIM,
-                                  .type = PKV_TYPE_F32,
-                                  .name = "example"};
+    struct pkv_model_desc desc;
+    pkv_model_defaults(&desc); /* signatures that calibrate themselves, one bit per head dimension */
+    desc.name = "example", desc.type = PKV_TYPE_F32;
+    desc.layers = LAYERS, desc.q_heads = Q_HEADS, desc.kv_heads = KV_HEADS, desc.head_dim = DIM;
+    /* An engine says here how positions turn its keys: desc.rope_base. These are not turned. */
     int code = pkv_model_open(kv, &desc, &model) || pkv_seq_create(model, PROMPT + STEPS, 0, "example", &seq)
                    ? failed("open", kv)
                    : decode(kv, seq);

@@ -295,9 +295,9 @@ static void test_states_and_sums(void **state)
     for (uint32_t i = 0; i < 200; i++) {
         const uint32_t models[] = {r.model, 63, 64, UINT32_MAX, any()}, numbers[] = {0, 2, 3, UINT32_MAX, any() | 2};
         struct pkv_state_request wish = {.magic = PKV_MAGIC,
-                                      .message = i % 2 ? PKV_MSG_STATE_PUT : PKV_MSG_STATE_GET,
-                                      .model = models[any() % 5],
-                                      .state = numbers[any() % 5]};
+                                         .message = i % 2 ? PKV_MSG_STATE_PUT : PKV_MSG_STATE_GET,
+                                         .model = models[any() % 5],
+                                         .state = numbers[any() % 5]};
         uint32_t e = ask(r.fd, &wish, sizeof(wish), &reply, fds);
         assert_true(e == PKV_ERR_NO_MODEL || e == (i % 2 ? PKV_ERR_INVALID : PKV_ERR_NO_STATE));
         assert_int_equal(fds[0], -1);

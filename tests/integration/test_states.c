@@ -259,6 +259,33 @@ static void test_recalibration(void **state)
     pkv_close(kv), pkv_close(reader), pkv_close(served);
 }
 
+/* What a caller gets that asks for nothing: a `code` with one bit per head dimension. */
+static void test_defaults(void **state)
+{
+    (void)state;
+    struct pkv *kv = attach(&daemon_, 0);
+    struct pkv_model_desc desc;
+    struct pkv_model *model;
+    memset(&desc, 0xff, sizeof(desc));
+    pkv_model_defaults(&desc);
+    desc.layers = LAYERS, desc.q_heads = Q_HEADS, desc.kv_heads = KV_HEADS, desc.head_dim = 96, desc.name = "defaults";
+    GOOD(kv, pkv_model_open(kv, &desc, &model));
+    if (desc.signature != PKV_CODE)
+        skip(); /* built without LAPACK */
+    json_t *o = stat_json(&daemon_, "stat"), *m, *found = NULL;
+    size_t i;
+    json_array_foreach(json_object_get(o, "models"), i, m)
+    {
+        if (!strcmp(json_string_value(json_object_get(m, "name")), "defaults"))
+            found = m;
+    }
+    assert_non_null(found);
+    assert_string_equal(json_string_value(json_object_get(found, "scheme")), "code");
+    assert_int_equal(json_integer_value(json_object_get(found, "sig_bits")), 96);
+    json_decref(o);
+    pkv_close(kv);
+}
+
 /* A worker that leaves in the middle of a calibration leaves nothing behind that others wait for. */
 static void test_leaving_while_calibrating(void **state)
 {
@@ -277,10 +304,9 @@ static void test_leaving_while_calibrating(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_kept),
-        cmocka_unit_test(test_before_the_first),
-        cmocka_unit_test(test_recalibration),
-        cmocka_unit_test(test_leaving_while_calibrating),
+        cmocka_unit_test(test_kept),          cmocka_unit_test(test_before_the_first),
+        cmocka_unit_test(test_recalibration), cmocka_unit_test(test_leaving_while_calibrating),
+        cmocka_unit_test(test_defaults),
     };
     return cmocka_run_group_tests(tests, start, stop);
 }
