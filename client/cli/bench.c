@@ -152,7 +152,7 @@ int cli_bench(struct cli *cli)
     bench_service(&b);
     if (!json_array_size(b.results)) {
         fprintf(stderr, "pivotkv: no figure was taken: names are scan, attend_128k, attend_1m, served_128k, served_empty, "
-                        "append_64k, start_8g, daemon_rss\n");
+                        "audit_128k, append_64k, start_8g, daemon_rss\n");
         json_decref(b.results);
         return only ? CLI_USAGE : CLI_FAILED;
     }

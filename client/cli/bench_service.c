@@ -185,6 +185,39 @@ static void figure_served(struct bench *b, struct pkv *direct, struct pkv_seq *s
     pkv_close(served);
 }
 
+/* A number of `pivotkv stat`'s totals. */
+static uint64_t total(const char *socket, const char *name)
+{
+    struct cli cli = {.socket = socket, .timeout_ms = 5000};
+    int ignored;
+    json_t *stat = admin_request(&cli, json_pack("{s:s}", "verb", "stat"), &ignored);
+    uint64_t value = format_number(json_object_get(stat, "totals"), name);
+    json_decref(stat);
+    return value;
+}
+
+/* What the online audit takes of attend's time with its default settings, over a few samples. */
+static void figure_audit(struct bench *b, struct pkv_seq *seq, const char *socket, const uint16_t *q)
+{
+    struct pkv_budget budget = {.size = sizeof(budget), .k = 2048, .sinks = 128, .recent = 128};
+    static float out[32 * 128];
+    uint32_t one = 1;
+    double begin = bench_now();
+    while (bench_now() - begin < 30 && total(socket, "samples") < 4)
+        for (int i = 0; i < 200; i++)
+            if (pkv_attend(&seq, &one, 1, 0, q, &budget, out, NULL, NULL))
+                return;
+    uint64_t samples = total(socket, "samples");
+    if (!samples) {
+        bench_skip(b, "audit_128k", "no sample was complete after 30 s");
+        return;
+    }
+    double call_ms = (double)total(socket, "attend_call_ns") * 1e-6, taken = (double)total(socket, "sample_ns") * 1e-6;
+    fprintf(stderr, "audit_128k: %llu samples of %.1f ms beside %.0f ms of attend\n", (unsigned long long)samples,
+            taken / (double)samples, call_ms);
+    bench_add(b, &(struct figure){"audit_128k", "ms", "attend", taken, call_ms, taken / call_ms, 0.01, false});
+}
+
 static void figures_of_one_daemon(struct bench *b)
 {
     struct private d;
@@ -198,9 +231,13 @@ static void figures_of_one_daemon(struct bench *b)
         fill(k, count), fill(v, count);
         if (bench_wanted(b, "append_64k"))
             figure_append(b, seq, tokens, k, v);
-        if (bench_wanted(b, "served_128k") && pkv_seq_truncate(seq, 0) == 0 && pkv_append(seq, 0, tokens, k, v) == 0 &&
-            pkv_append(seq, 0, tokens, k, v) == 0)
+        bool long_text = bench_wanted(b, "served_128k") || bench_wanted(b, "audit_128k");
+        long_text = long_text && pkv_seq_truncate(seq, 0) == 0 && pkv_append(seq, 0, tokens, k, v) == 0 &&
+                    pkv_append(seq, 0, tokens, k, v) == 0;
+        if (long_text && bench_wanted(b, "served_128k"))
             figure_served(b, kv, seq, d.socket, k);
+        if (long_text && bench_wanted(b, "audit_128k"))
+            figure_audit(b, seq, d.socket, k);
     }
     if (kv) {
         pkv_close(kv);
@@ -264,7 +301,7 @@ void bench_service(struct bench *b)
 {
     if (bench_wanted(b, "served_empty"))
         figure_empty(b);
-    if (bench_wanted(b, "append_64k") || bench_wanted(b, "served_128k"))
+    if (bench_wanted(b, "append_64k") || bench_wanted(b, "served_128k") || bench_wanted(b, "audit_128k"))
         figures_of_one_daemon(b);
     if (bench_wanted(b, "start_8g") || bench_wanted(b, "daemon_rss"))
         figures_of_a_large_arena(b);

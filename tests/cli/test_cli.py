@@ -189,7 +189,7 @@ class Service(unittest.TestCase):
         self.assertIn("CPUs", done.stderr)
         figures = {figure["name"]: figure for figure in json.loads(done.stdout)}
         self.assertEqual(set(figures), {"scan", "attend_128k", "attend_1m", "served_128k", "served_empty", "append_64k",
-                                        "start_8g", "daemon_rss"})
+                                        "audit_128k", "start_8g", "daemon_rss"})
         for figure in figures.values():
             self.assertEqual(set(figure), {"name", "value", "unit", "peer", "peer_value", "ratio", "goal", "met"})
 
