@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Callable, Iterable
 
@@ -170,9 +171,12 @@ def run(plan: Plan, checkpoint: Checkpoint, *, workers: int = 1, stop_after: int
             checkpoint.put(waiting[future], unit)
             done += 1
             progress(done, len(keys), float(unit.losses[-max(1, len(unit.losses) // 10):].mean()))
+    except BrokenProcessPool:
+        raise OSError("a worker process died, perhaps of too little memory: try again with fewer workers; what was finished is "
+                      f"kept in {checkpoint.folder}") from None
     except BaseException:
         for process in list((pool._processes or {}).values()):
-            process.terminate()  # a unit is lost, the checkpoint has the others
+            process.terminate()  # units that are under way are lost, the checkpoint has the others
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

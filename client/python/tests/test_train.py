@@ -1,9 +1,12 @@
 """Training: gradients against differences, what is learnt, checkpoints, resume, and bytes that repeat."""
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 
 import numpy as np
@@ -159,6 +162,55 @@ class TrainTest(unittest.TestCase):
             self.assertNotIn("Traceback", failed.stderr)
         command[3] = str(self.folder / "none.safetensors")
         self.assertIn("No such file", run().stderr)
+
+    def test_interrupted_and_killed(self):
+        """Ctrl-C reaches the whole group, SIGKILL one worker: a sentence each time, nobody left, the same bytes in the end."""
+        out, checkpoint = self.folder / "h.safetensors", self.folder / "h.safetensors.checkpoint"
+        write_recording(self.recording, tokens=1200)
+        command = [sys.executable, "-m", "pivotkv.train_command", str(self.recording), "--out", str(out), "--steps", "60",
+                   "--bits", "16", "--hidden", "32", "--workers", "2"]
+
+        def begin(*more):
+            process = subprocess.Popen([*command, *more], stderr=subprocess.PIPE, text=True, start_new_session=True)
+            self.addCleanup(process.stderr.close)
+            return process
+
+        def wait_for(condition):
+            deadline = time.monotonic() + 60
+            while not condition():
+                self.assertLess(time.monotonic(), deadline)
+                time.sleep(0.01)
+
+        process = begin("--workers", "1")
+        wait_for(lambda: list(checkpoint.glob("unit-*")))
+        os.killpg(process.pid, signal.SIGINT)
+        told = process.communicate(timeout=60)[1]
+        self.assertEqual(process.returncode, 130, told)
+        self.assertIn("interrupted", told)
+        self.assertNotIn("Traceback", told)
+        self.assertTrue(0 < len(list(checkpoint.glob("unit-*"))) < 8)
+        with self.assertRaises(ProcessLookupError):
+            wait_for(lambda: os.killpg(process.pid, 0))
+        process = begin()
+        wait_for(lambda: len(workers(process.pid)) == 2)
+        time.sleep(0.5)
+        os.kill(workers(process.pid)[0], signal.SIGKILL)
+        told = process.communicate(timeout=60)[1]
+        self.assertEqual(process.returncode, 1, told)
+        self.assertIn("a worker process died", told)
+        self.assertNotIn("Traceback", told)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        whole = self.folder / "whole.safetensors"
+        command[command.index(str(out))] = str(whole)
+        self.assertEqual(subprocess.run(command, capture_output=True, timeout=120, check=False).returncode, 0)
+        self.assertEqual(out.read_bytes(), whole.read_bytes())
+
+
+def workers(pid):
+    """Of its children, those that train."""
+    children = [word for task in pathlib.Path(f"/proc/{pid}/task").glob("*/children") for word in task.read_text().split()]
+    return [int(child) for child in children if b"spawn_main" in pathlib.Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 if __name__ == "__main__":
