@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import unpickle
+from . import tensors, unpickle
 from .recording import Geometry
 from .schemes import STAGES_MAX, check_widths, meta
 from .tensors import FormatError
@@ -81,7 +81,7 @@ def read(path: str | os.PathLike) -> list[dict[str, Stages]]:
 
 def convert(path: str | os.PathLike, kv_heads: int,
             more: dict[str, str] | None = None) -> tuple[dict[str, Any], dict[str, str]]:
-    """Tensors and metadata of the scheme file. float32: bfloat16 and float16 both go there without loss."""
+    """Tensors and metadata of the scheme file, in as many bytes as the source has."""
     layers = read(path)
     stages = len(layers[0]["k"])
     q_heads, bits, head_dim = (*layers[0]["k"][-1][0].shape[:2], layers[0]["k"][0][0].shape[2])
@@ -95,6 +95,6 @@ def convert(path: str | os.PathLike, kv_heads: int,
     arrays = {}
     for side in "qk":
         for i in range(stages):
-            arrays[f"{side}.{i}.weight"] = np.stack([layer[side][i][0] for layer in layers])
-            arrays[f"{side}.{i}.bias"] = np.stack([layer[side][i][1] for layer in layers])
+            arrays[f"{side}.{i}.weight"] = tensors.smallest(np.stack([layer[side][i][0] for layer in layers]))
+            arrays[f"{side}.{i}.bias"] = tensors.smallest(np.stack([layer[side][i][1] for layer in layers]))
     return arrays, meta("hash", Geometry(len(layers), q_heads, kv_heads, head_dim), total, more or {})

@@ -15,7 +15,7 @@ import zipfile
 
 import numpy as np
 
-from pivotkv import convert, schemes, unpickle
+from pivotkv import convert, schemes, tensors, unpickle
 from pivotkv.tensors import FormatError
 
 DATA = pathlib.Path(__file__).with_name("data")
@@ -44,13 +44,28 @@ class LayoutTest(unittest.TestCase):
             self.assertEqual([meta[n] for n in ("scheme", "layers", "q_heads", "kv_heads", "head_dim", "bits")],
                              ["hash", "2", "4", "2", "64", "32"])
             self.assertEqual(len(arrays), 12)
+            with tempfile.NamedTemporaryFile(suffix=".safetensors") as written:
+                tensors.write(written.name, arrays, meta)
+                file = tensors.File(written.name)
+                # two bytes a number
+                self.assertLess(pathlib.Path(written.name).stat().st_size, 2 * 2 * LAYERS * Q * 1700 + 4000)
             for layer in range(LAYERS):
                 for j, side in enumerate("qk"):
                     for i in range(3):
                         seed = 100 * layer + 10 * j + i
                         want = number(seed, Q, WIDTHS[i], WIDTHS[i + 1]).transpose(0, 2, 1)
-                        np.testing.assert_array_equal(arrays[f"{side}.{i}.weight"][layer], want, name)
-                        np.testing.assert_array_equal(arrays[f"{side}.{i}.bias"][layer], number(seed + 5, Q, WIDTHS[i + 1]))
+                        np.testing.assert_array_equal(file.array(f"{side}.{i}.weight")[layer], want, name)
+                        np.testing.assert_array_equal(file.array(f"{side}.{i}.bias")[layer], number(seed + 5, Q, WIDTHS[i + 1]))
+
+    def test_smallest_loses_nothing(self):
+        cases = (([1.5, -(2.0 ** 127)], tensors.BFloat16), ([1.5, 1 / 1024 + 1], np.ndarray), ([1 / 3], np.ndarray))
+        for numbers, kind in cases:
+            array = np.array(numbers, np.float32)
+            made = tensors.smallest(array)
+            self.assertIsInstance(made, kind)
+            if kind is np.ndarray:
+                np.testing.assert_array_equal(made.astype(np.float32), array)
+        self.assertEqual(tensors.smallest(np.array([1 / 1024 + 1], np.float32)).dtype, np.float16)
 
     def test_command(self):
         with tempfile.TemporaryDirectory() as folder:
