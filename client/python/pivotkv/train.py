@@ -138,15 +138,24 @@ def _work(plan: Plan, key: tuple[int, int]) -> Unit:
 def _pool(workers: int) -> futures.ProcessPoolExecutor:
     """Fresh interpreters, since BLAS reads its number of threads when it is loaded."""
     before = {name: os.environ.get(name) for name in _BLAS}
+    pool = futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_quiet)
     os.environ.update(dict.fromkeys(_BLAS, "1"))
     try:
-        pool = futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_quiet)
-        for _ in range(workers):  # they start here, while the environment says so
-            pool.submit(int).result()
+        # All of them start here, while the environment says so: a process is started for a task that finds none idle.
+        for begun in [pool.submit(_threads) for _ in range(workers)]:
+            if begun.result() != "1":
+                raise RuntimeError("a worker has started outside of its environment")
         return pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+def _threads() -> str | None:
+    return os.environ.get(_BLAS[0])
 
 
 def _quiet() -> None:
@@ -163,8 +172,9 @@ def run(plan: Plan, checkpoint: Checkpoint, *, workers: int = 1, stop_after: int
     todo, done = missing[:stop_after], len(keys) - len(missing)
     if not todo:
         return not missing
-    pool = _pool(min(workers, len(todo)))
+    pool = None
     try:
+        pool = _pool(min(workers, len(todo)))
         waiting = {pool.submit(_work, plan, key): key for key in todo}
         for future in futures.as_completed(waiting):
             unit = future.result()
@@ -175,11 +185,12 @@ def run(plan: Plan, checkpoint: Checkpoint, *, workers: int = 1, stop_after: int
         raise OSError("a worker process died, perhaps of too little memory: try again with fewer workers; what was finished is "
                       f"kept in {checkpoint.folder}") from None
     except BaseException:
-        for process in list((pool._processes or {}).values()):
+        for process in list((pool and pool._processes or {}).values()):
             process.terminate()  # units that are under way are lost, the checkpoint has the others
         raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        if pool:
+            pool.shutdown(wait=True, cancel_futures=True)
     return done == len(keys)
 
 
