@@ -56,18 +56,23 @@ static void models(const json_t *stat)
     const json_t *m, *list = json_object_get(stat, "models");
     if (!json_array_size(list))
         return;
-    table_row(&t, 7, (const char *const[]){"model", "scheme", "bits", "samples", "mass", "error", "alarm"});
+    table_row(&t, 8, (const char *const[]){"model", "scheme", "bits", "state", "samples", "mass", "error", "alarm"});
     json_array_foreach((json_t *)(uintptr_t)list, i, m)
     {
-        char cells[4][32];
+        char cells[5][32];
         const json_t *q = json_object_get(m, "quality");
+        bool alarm = json_is_true(json_object_get(q, "alarm")), again = json_is_true(json_object_get(m, "recalibrating"));
+        snprintf(cells[4], 32, "%llu", (unsigned long long)format_number(m, "state"));
         snprintf(cells[0], 32, "%llu", (unsigned long long)format_number(m, "sig_bits"));
         snprintf(cells[1], 32, "%llu", (unsigned long long)format_number(q, "samples"));
         number_or_dash(q, "mass", cells[2]);
         number_or_dash(q, "error", cells[3]);
-        table_row(&t, 7,
-                  (const char *const[]){format_text(m, "name"), format_text(m, "scheme"), cells[0], cells[1], cells[2],
-                                        cells[3], json_is_true(json_object_get(q, "alarm")) ? "ALARM" : "quiet"});
+        table_row(&t, 8,
+                  (const char *const[]){format_text(m, "name"), format_text(m, "scheme"), cells[0], cells[4], cells[1],
+                                        cells[2], cells[3],
+                                        again   ? "ALARM, calibrating again"
+                                        : alarm ? "ALARM"
+                                                : "quiet"});
     }
     printf("\n");
     table_print(&t);
