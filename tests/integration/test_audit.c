@@ -116,6 +116,19 @@ static void test_samples_equal_audits(void **state)
     assert_true(all.samples >= 10);
 }
 
+/* Whether the daemon has said `words`. */
+static bool said(const char *words)
+{
+    char line[1024];
+    bool found = false;
+    FILE *f = fopen(daemon_.log, "r");
+    assert_non_null(f);
+    while (fgets(line, sizeof(line), f))
+        found |= strstr(line, words) != NULL;
+    fclose(f);
+    return found;
+}
+
 static void test_alarm(void **state)
 {
     (void)state;
@@ -137,10 +150,11 @@ static void test_alarm(void **state)
     attend_until(kv, other, q, &b, 200);
     struct stat_quality loud = settled("alarm", 260);
     assert_true(loud.alarm && loud.error > 0.2);
+    assert_true(said("model alarm: the selection's mean error is") && !said("again, below"));
     good_text(k, v, q);
     attend_until(kv, seq, q, &b, 300);
     struct stat_quality again = settled("alarm", 560);
-    assert_true(!again.alarm && again.error < 0.16);
+    assert_true(!again.alarm && again.error < 0.16 && said("again, below"));
     json_t *o = stat_json(&daemon_, "stat"), *c = json_object_get(o, "counters");
     assert_int_equal(json_integer_value(json_object_get(c, "quality_alarms")), 1);
     assert_int_equal(json_integer_value(json_object_get(c, "quality_cleared")), 1);
