@@ -17,7 +17,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define ARGUMENTS 28
+#define ARGUMENTS 30
 
 static pid_t spawn(const char *socket, const char *const *flags, const char *log)
 {
@@ -27,9 +27,10 @@ static pid_t spawn(const char *socket, const char *const *flags, const char *log
     assert_true(pid >= 0);
     if (pid)
         return pid;
-    const char *argv[ARGUMENTS] = {binary, "--socket", socket};
-    for (int i = 0; flags[i] && i + 4 < ARGUMENTS; i++)
-        argv[3 + i] = flags[i];
+    const char *backend = getenv("PIVOTKV_TEST_BACKEND");
+    const char *argv[ARGUMENTS] = {binary, "--socket", socket, "--backend", backend ? backend : "host"};
+    for (int i = 0; flags[i] && i + 6 < ARGUMENTS; i++)
+        argv[5 + i] = flags[i];
     prctl(PR_SET_PDEATHSIG, SIGKILL); /* a test that dies leaves nothing behind */
     int fd = open(log, O_WRONLY | O_CREAT | O_APPEND, 0600);
     if (fd >= 0)
@@ -115,6 +116,30 @@ void test_daemon_stop(struct test_daemon *d)
     assert_true(WIFEXITED(status));
     assert_int_equal(WEXITSTATUS(status), 0);
     remove_folder(d);
+}
+
+int test_daemon_ended(struct test_daemon *d)
+{
+    int status = wait_for(d->pid, 30);
+    remove_folder(d);
+    assert_true(WIFEXITED(status));
+    return WEXITSTATUS(status);
+}
+
+int test_daemon_said(const struct test_daemon *d, const char *words)
+{
+    char line[1024];
+    int found = 0;
+    for (int i = 0; i < 500 && !found; i++) {
+        FILE *f = fopen(d->log, "r");
+        while (f && !found && fgets(line, sizeof(line), f))
+            found = strstr(line, words) != NULL;
+        if (f)
+            fclose(f);
+        if (!found)
+            usleep(10000);
+    }
+    return found;
 }
 
 void test_daemon_kill(struct test_daemon *d)
