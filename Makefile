@@ -30,8 +30,10 @@ test: build venv
 demo: build venv
 	$(VENV)/bin/python client/examples/demo.py --build-dir $(BUILD) $(DEMO_ARGS)
 
-# Mass, error and, with QUALITY_ARGS=--perplexity, perplexity of the signature schemes on a real model. Minutes.
+# Mass and error of the signature schemes on a real model, a minute or two. QUALITY_ARGS="mass perplexity needles --model gemma3"
+# and the like: --help tells.
 quality: build venv
+	@.ci/setup venv $(VENV) tests/quality/requirements.txt
 	$(VENV)/bin/python tests/quality/quality.py --build-dir $(BUILD) $(QUALITY_ARGS)
 
 # The Python package with the C library inside.

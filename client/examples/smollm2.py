@@ -50,6 +50,7 @@ class SmolLM2:
 
         get = self._fields
         self.layers = int(get["llama.block_count"])
+        self.global_layers = tuple(range(self.layers))  # which attend to all tokens
         self.q_heads = int(get["llama.attention.head_count"])
         self.kv_heads = int(get["llama.attention.head_count_kv"])
         self.dim = int(get["llama.embedding_length"])

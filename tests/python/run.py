@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Runs the Python package's tests against this build, in the environment that `make test` or `make demo` made.
+"""Runs Python tests against this build, in the environment that `make test` or `make demo` made.
 
-run.py SOURCE BUILD. Exit status 77 (skipped) where there is neither that environment nor a numpy, or no test yet.
+run.py SOURCE BUILD FOLDER, the folder as named in the source. Exit status 77 (skipped) where there is neither that environment
+nor a numpy, or no test yet.
 """
 import os
 import pathlib
@@ -19,10 +20,10 @@ def interpreter(build):
 
 
 def main():
-    source, build = (pathlib.Path(argument).resolve() for argument in sys.argv[1:])
-    package = source / "client" / "python"
-    if not list((package / "tests").glob("test_*.py")):
-        print("no client/python/tests/test_*.py yet")
+    source, build = (pathlib.Path(argument).resolve() for argument in sys.argv[1:3])
+    package, tests = source / "client" / "python", source / sys.argv[3]
+    if not list(tests.glob("test_*.py")):
+        print(f"no test_*.py in {tests}")
         return SKIPPED
     python = interpreter(build)
     if not python:
@@ -34,7 +35,7 @@ def main():
         "PYTHONDONTWRITEBYTECODE": "1",
         "PIVOTKV_LIBRARY": str(build / "client" / "libpivotkv.so"),
     }
-    command = [python, "-m", "unittest", "discover", "-v", "-s", package / "tests"]
+    command = [python, "-m", "unittest", "discover", "-v", "-s", tests]
     return subprocess.run(command, env=env, check=False).returncode
 
 

@@ -1,214 +1,165 @@
 #!/usr/bin/env python3
-"""Selection quality of the signature schemes on a real model, through the daemon: `make quality` runs it.
+"""Selection quality of the signature schemes on real models, through the daemon: `make quality` runs it.
 
-SmolLM2-135M reads a text; queries, keys and values of some layers are kept. Then, for each scheme and size of signature, a
-sequence of those layers grows through pivotkv (a scheme that calibrates itself does so on what comes first), and at every 16th
-position of the second half the sparse attention is audited against the exact one: probability mass covered, and norm of the
-difference over norm.
-With --perplexity the whole model reads the end of the text again with the selection in every layer.
-Writes quality.json, quality.md and quality.png into --out.
+  mass        probability mass that the selection covers, and the relative error of the attention output
+  perplexity  of the last 1000 tokens of a text, the selection in every layer (SmolLM2)
+  needles     facts hidden in a long text and asked for at its end: the first judge
+Models: smollm2, 8000 tokens, selection in all layers; gemma3, 32600 tokens, selection in its three global layers (240 MB to
+download). Texts come out of Debian packages. What a model has read is kept in the cache folder; the first time takes
+minutes a text.
+Writes quality.md, quality.json and plots into --out; results of an earlier run there are kept unless measured again.
 """
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import os
 import pathlib
-import re
-import subprocess
 import sys
 import time
-
-import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "client" / "examples"), str(ROOT / "client" / "python")]
 
-LAYERS = (4, 12, 20, 27)
-BUDGETS = (64, 128, 256, 512, 1024)
-SINKS = RECENT = 128
-CHUNK = 256
-# The study behind the design, on the bash manual: error at k = 64 .. 1024 (docs/signatures.md).
-PUBLISHED = {"best possible (exact scores, group sum)": (None, [.089, .065, .043, .025, .012]),
-             "hash, 32 bit per q head, small training": (12, [.151, .127, .101, .073, .046]),
-             "Quest, page of 8, int4": (8, [.191, .153, .121, .085, .049])}
+WHATS = ("mass", "perplexity", "needles")
+TUNING, HELD_OUT = ("manuals",), ("gospels", "git", "perl", "reference")
+SEEDS = {name: i + 1 for i, name in enumerate(TUNING + HELD_OUT)}
+DEFAULTS = {"smollm2": {"signatures": "code:32,code:64,code:128,sign:64,sign:128,oracle,quest", "texts": "bash"},
+            "gemma3": {"signatures": "code:64,code:128,code:256,sign:256,oracle,quest", "texts": ",".join(HELD_OUT)}}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=["mass"], help=f"of {', '.join(WHATS)}; default: mass")
+    parser.add_argument("--model", choices=sorted(DEFAULTS), default="smollm2")
+    parser.add_argument("--signatures", help="code:BITS, sign:BITS, hash:BITS:FILE, linear:BITS:FILE, oracle, quest; commas")
+    parser.add_argument("--texts", help=f"with commas, or files; shrinkage was chosen on {', '.join(TUNING)}, held out were "
+                        f"{', '.join(HELD_OUT)}")
+    parser.add_argument("--budgets", help="k of needles, with commas; default: 128,512,2048")
+    parser.add_argument("--needles", type=int, default=56, help="of a text; default 56")
     parser.add_argument("--build-dir", type=pathlib.Path, default=ROOT / "build")
-    parser.add_argument("--text", type=pathlib.Path, help="default: the manual page of bash, if the machine has it")
-    parser.add_argument("--tokens", type=int, default=8000)
-    parser.add_argument("--schemes", default="code:32,code:64,code:128,sign:64,sign:128", help="scheme:bits, ...")
-    parser.add_argument("--perplexity", action="store_true", help="of the last 1000 tokens, for each scheme: minutes each")
+    parser.add_argument("--cache", type=pathlib.Path, help="default: $XDG_CACHE_HOME/pivotkv-quality")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("quality"))
-    return parser.parse_args()
+    options = parser.parse_args()
+    for what in options.what:
+        if what not in WHATS:
+            parser.error(f"{what!r} is not one of {', '.join(WHATS)}")
+    options.signatures = options.signatures or DEFAULTS[options.model]["signatures"]
+    options.texts = options.texts or DEFAULTS[options.model]["texts"]
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    options.cache = options.cache or pathlib.Path(home) / "pivotkv-quality"
+    return options
 
 
-def read_text(path: pathlib.Path | None) -> tuple[str, str]:
-    if path:
-        return path.name, path.read_text(encoding="utf-8", errors="replace")
-    page = pathlib.Path("/usr/share/man/man1/bash.1.gz")
-    if not page.exists():
-        raise FileNotFoundError("no manual page of bash on this machine: name a text with --text FILE")
-    roff = gzip.decompress(page.read_bytes())
-    struck = subprocess.run(["nroff", "-c", "-man", "-Tascii"], input=roff, stdout=subprocess.PIPE, check=True).stdout
-    return "bash.1", re.sub(".\x08", "", struck.decode("ascii", errors="replace"))
+class Judge:
+    """One run: a model, texts, signatures; results as report.py wants them."""
+
+    def __init__(self, options: argparse.Namespace, subject, texts, kv):
+        from signature import Signature
+        self.options, self.subject, self.texts, self.kv = options, subject, texts, kv
+        self.signatures = [Signature.parse(part) for part in options.signatures.split(",")]
+        self.results: list[dict] = []
+
+    def add(self, what: str, text: str, signature, values: dict, more: dict | None = None) -> None:
+        head_dim = self.subject.model.head_dim
+        self.results.append({"what": what, "model": self.subject.name, "text": text, "signature": signature.title(head_dim),
+                             "bytes": signature.bytes(head_dim), "values": values, **(more or {})})
+        print(f"{what}, {text}, {self.results[-1]['signature']}: {values}", file=sys.stderr, flush=True)
+
+    def plain(self, name: str):
+        """A text without needles, read."""
+        count = self.subject.traits.tokens - len(self.subject.begin)
+        tokens = self.subject.model.encode(self.texts.read(name, count * 12))[:count]
+        if len(tokens) < count:
+            raise ValueError(f"{name} has only {len(tokens)} tokens of the {count} wanted")
+        return self.subject.read(self.subject.begin + tokens, pathlib.Path(name).name)
+
+    def mass(self, name: str) -> None:
+        import mass
+        from signature import IN_NUMPY
+        kept = self.plain(name)
+        for s in self.signatures:
+            found = mass.by_numpy(self.subject, kept, s) if s.kind in IN_NUMPY else \
+                mass.through_service(self.kv, self.subject, kept, s, name)
+            self.add("mass", name, s, {str(k): v for k, v in found.items()})
+
+    def perplexity(self, name: str) -> None:
+        import perplexity
+        from signature import IN_NUMPY
+        kept = self.plain(name)
+        for s in self.signatures:
+            if s.kind not in IN_NUMPY:
+                self.add("perplexity", name, s, perplexity.through_service(self.kv, self.subject, kept, s, name, 1000))
+
+    def needles(self, names: list[str]) -> None:
+        import retrieval
+        budgets = tuple(int(k) for k in self.options.budgets.split(",")) if self.options.budgets else retrieval.BUDGETS
+        exams = [retrieval.Exam(self.subject, self.texts, name, self.options.needles, SEEDS.get(name, 0)) for name in names]
+        all_needles = [n for exam in exams for n in exam.needles]
+        full = [ok for exam in exams for ok in exam.full()]
+        text = "+".join(names)
+        for s in self.signatures:
+            found: dict[int, list[bool]] = {k: [] for k in budgets}
+            for exam in exams:
+                for k, right in exam.selected(self.kv, s, budgets).items():
+                    found[k] += right
+            values = {"full": retrieval.accuracy(full), **{str(k): retrieval.accuracy(right) for k, right in found.items()}}
+            self.add("needles", text, s, values, {
+                "needles": len(full), "against_full": {str(k): retrieval.against(full, right) for k, right in found.items()},
+                "by_form": {"full": retrieval.by_form(all_needles, full),
+                            **{str(k): retrieval.by_form(all_needles, right) for k, right in found.items()}}})
+
+    def run(self) -> None:
+        names = self.options.texts.split(",")
+        for what in self.options.what:
+            if what == "needles":
+                self.needles(names)
+                continue
+            if what == "perplexity" and self.subject.name != "smollm2":
+                raise ValueError("perplexity is judged on smollm2, where the selection is in every layer")
+            for name in names:
+                getattr(self, what)(name)
 
 
-class Recorder:
-    """The model's cache while it reads: exact attention by pivotkv, q, k and v of some layers kept."""
+def merged(old: pathlib.Path, new: list[dict]) -> list[dict]:
+    """Earlier results that were not measured again, and the new ones."""
+    def key(r: dict) -> tuple:
+        return r["what"], r["model"], r["text"], r["signature"]
 
-    def __init__(self, sequence, budget, layers):
-        self.sequence, self.budget = sequence, budget
-        self.kept = {layer: {"q": [], "k": [], "v": []} for layer in layers}
-
-    def append(self, layer: int, k: np.ndarray, v: np.ndarray) -> None:
-        self.sequence.append(layer, k, v)
-        if layer in self.kept:
-            self.kept[layer]["k"].append(k.copy())
-            self.kept[layer]["v"].append(v.copy())
-
-    def attend(self, layer: int, q: np.ndarray) -> np.ndarray:
-        if layer in self.kept:
-            self.kept[layer]["q"].append(q.copy())
-        return self.sequence.attend(layer, q, self.budget)[0]
+    measured = {key(r) for r in new}
+    kept = json.loads(old.read_text()) if old.exists() else []
+    return [r for r in kept if key(r) not in measured] + new
 
 
-def open_model(kv, model, scheme: str, bits: int, layers: int, name: str):
+def run(options: argparse.Namespace) -> str:
     import pivotkv
-    return kv.model(f"{name}-{scheme}-{bits}", layers=layers, q_heads=model.q_heads, kv_heads=model.kv_heads,
-                    head_dim=model.head_dim, dtype="f16", scheme=scheme, bits=bits,
-                    rope=pivotkv.Rope(model.rope_base, interleaved=True))
-
-
-def record(kv, model, tokens: list[int]) -> dict:
-    import pivotkv
-    with open_model(kv, model, "sign", 64, model.layers, "reader").sequence(len(tokens) + 64) as sequence:
-        recorder = Recorder(sequence, pivotkv.Budget(dense=True), LAYERS)
-        for at in range(0, len(tokens), CHUNK):
-            model.forward(tokens[at: at + CHUNK], at, recorder)
-            print(f"\rreading {at:>6}/{len(tokens)}", end="", file=sys.stderr, flush=True)
-        print(file=sys.stderr)
-    return {layer: {name: np.concatenate(parts) for name, parts in kept.items()} for layer, kept in recorder.kept.items()}
-
-
-def audit(kv, model, kept: dict, scheme: str, bits: int) -> dict:
-    """{k: (mass, error)} over layers, heads and every 16th position of the second half."""
-    import pivotkv
-    wishes = [pivotkv.Budget(k=k, sinks=SINKS, recent=RECENT) for k in BUDGETS]
-    found: dict[int, list] = {k: [] for k in BUDGETS}
-    total = len(next(iter(kept.values()))["k"])
-    begin = total // 2 // CHUNK * CHUNK
-    with open_model(kv, model, scheme, bits, len(kept), "audit").sequence(total + 64) as sequence:
-        for i, parts in enumerate(kept.values()):
-            for at in range(0, begin, CHUNK):
-                sequence.append(i, parts["k"][at: at + CHUNK], parts["v"][at: at + CHUNK])
-                sequence.attend(i, parts["q"][at: at + CHUNK], pivotkv.Budget(k=64, sinks=SINKS, recent=RECENT))
-            for at in range(begin, total - 16, 16):
-                sequence.append(i, parts["k"][at: at + 16], parts["v"][at: at + 16])
-                for k, wish in zip(BUDGETS, wishes):
-                    result = sequence.audit(i, parts["q"][at + 15: at + 16], wish)
-                    found[k].append((result.mass, result.error))
-    return {k: tuple(float(x) for x in np.mean(values, axis=0)) for k, values in found.items()}
-
-
-def perplexity(kv, model, tokens: list[int], scheme: str, bits: int, count: int = 1000) -> dict:
-    """Of the last `count` tokens: {"full": .., k: ..}, the selection in every layer."""
-    import pivotkv
-    dense, result, first = pivotkv.Budget(dense=True), {}, len(tokens) - count
-    with open_model(kv, model, scheme, bits, model.layers, "perplexity").sequence(len(tokens) + 64) as base:
-        read = Recorder(base, dense, ())
-        for at in range(0, first, CHUNK):
-            model.forward(tokens[at: min(at + CHUNK, first)], at, read)
-        for name, budget in [("full", dense)] + [(k, pivotkv.Budget(k=k, sinks=SINKS, recent=RECENT)) for k in (128, 256, 512)]:
-            with base.fork(first) as fork:
-                cache, hidden = Recorder(fork, budget, ()), []
-                for at in range(first, len(tokens), CHUNK):
-                    hidden.append(model.forward(tokens[at: at + CHUNK], at, cache))
-                nll = model.negative_log_likelihood(np.concatenate(hidden)[:-1], tokens[first + 1:])
-                result[name] = float(np.exp(nll.mean()))
-    return result
-
-
-def table(results: list[dict]) -> str:
-    lines = ["| signature | B per token and KV head | " + " | ".join(f"k={k}" for k in BUDGETS) + " |",
-             "|---" * (2 + len(BUDGETS)) + "|"]
-    for r in results:
-        cells = [f"{m:.3f} / {e:.3f}" if m else f"- / {e:.3f}" for m, e in r["quality"].values()]
-        lines.append(f"| {r['name']} | {r['bytes'] or '-'} | " + " | ".join(cells) + " |")
-    told = [r for r in results if r.get("perplexity")]
-    if told:
-        lines += ["", "| perplexity | full | k=128 | k=256 | k=512 |", "|---|---|---|---|---|"]
-    for r in told:
-        p = r["perplexity"]
-        lines.append(f"| {r['name']} | {p['full']:.3f} | " + " | ".join(
-            f"{p[k]:.3f} ({100 * (p[k] / p['full'] - 1):+.1f} %)" for k in (128, 256, 512)) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def plot(results: list[dict], title: str, path: pathlib.Path) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        print("quality: no matplotlib, so no plot", file=sys.stderr)
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(8, 5), constrained_layout=True)
-    for r in results:
-        axes.plot(list(r["quality"]), [e for _, e in r["quality"].values()], "o-" if r["measured"] else "x--", label=r["name"])
-    axes.set(xscale="log", yscale="log", xlabel="selected rows k, beside 128 sinks and 128 recent",
-             ylabel="relative error of the attention output", title=title)
-    axes.set_xticks(BUDGETS, [str(k) for k in BUDGETS])
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-
-
-def run(options: argparse.Namespace) -> list[dict]:
-    import pivotkv
+    import report
     from daemon import PrivateDaemon
-    from smollm2 import SmolLM2
-    model = SmolLM2()
-    name, text = read_text(options.text)
-    tokens = model.encode(text[: options.tokens * 12])[: options.tokens]
-    results = []
-    with PrivateDaemon(options.build_dir / "cachesvc" / "pivotkvd", pool_bytes=512 << 20, arena_bytes=2 << 30,
+    from subject import Subject
+    from texts import Texts
+    start = time.monotonic()
+    subject = Subject(options.model, options.cache)
+    with PrivateDaemon(options.build_dir / "cachesvc" / "pivotkvd", pool_bytes=640 << 20, arena_bytes=2 << 30,
                        threads=options.threads) as daemon, \
             pivotkv.connect(daemon.socket, threads=options.threads, label="quality") as kv:
-        kept = record(kv, model, tokens)
-        for scheme, bits in (part.split(":") for part in options.schemes.split(",")):
-            start = time.monotonic()
-            row = {"name": f"{scheme}, {bits} bit", "bytes": int(bits) // 8, "measured": True,
-                   "quality": audit(kv, model, kept, scheme, int(bits))}
-            if options.perplexity:
-                row["perplexity"] = perplexity(kv, model, tokens, scheme, int(bits))
-            print(f"{row['name']}: {time.monotonic() - start:.0f} s", file=sys.stderr)
-            results.append(row)
-    if name == "bash.1":
-        results += [{"name": n, "bytes": b, "measured": False, "quality": {k: (None, e) for k, e in zip(BUDGETS, errors)}}
-                    for n, (b, errors) in PUBLISHED.items()]
-    options.title = f"SmolLM2-135M, {name}, {len(tokens)} tokens, layers {LAYERS}"
-    return results
+        judge = Judge(options, subject, Texts(options.cache), kv)
+        judge.run()
+    print(f"{time.monotonic() - start:.0f} s", file=sys.stderr)
+    return report.write(merged(options.out / "quality.json", judge.results), options.out)
 
 
 def main() -> int:
     options = arguments()
-    os.environ.setdefault("PIVOTKV_LIBRARY", str(options.build_dir / "client" / "libpivotkv.so"))
+    os.environ.setdefault("PIVOTKV_LIBRARY", str((options.build_dir / "client" / "libpivotkv.so").resolve()))
     try:
-        results = run(options)
-    except FileNotFoundError as e:
-        print(f"quality: {e}", file=sys.stderr)
+        print(run(options))
+    except (FileNotFoundError, ValueError) as error:
+        print(f"quality: {error}", file=sys.stderr)
         return 2
-    options.out.mkdir(parents=True, exist_ok=True)
-    text = f"# {options.title}: mass covered / relative error\n\n{table(results)}"
-    (options.out / "quality.md").write_text(text)
-    (options.out / "quality.json").write_text(json.dumps(results, indent=1))
-    plot(results, options.title, options.out / "quality.png")
-    print(text)
+    except KeyboardInterrupt:
+        print("quality: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
