@@ -36,9 +36,10 @@ void op_signed(struct worker *w, const struct pkv_submission *s)
 {
     struct core_view view;
     enum pkv_err e = core_seq_view(w->daemon->core, w->id, s->seq, 0, &view);
-    if (e == PKV_ERR_OK && !states_find(w->daemon, view.model_id, s->u.signed_.state))
+    uint32_t state = s->u.signed_.state;
+    if (e == PKV_ERR_OK && state && !states_find(w->daemon, view.model_id, state))
         e = PKV_ERR_NO_STATE;
     if (e == PKV_ERR_OK)
-        e = core_seq_signed(w->daemon->core, w->id, s->seq, s->u.signed_.state);
+        e = core_seq_signed(w->daemon->core, w->id, s->seq, state);
     worker_complete(w, s->tag, e, 0, 0);
 }

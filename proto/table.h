@@ -45,7 +45,7 @@ struct pkv_table {
     uint32_t blocks_max; /* per layer */
     uint32_t layers;
     uint32_t model;
-    uint32_t state; /* of the model, that all its signatures are made with; 0: none yet. Only ever turns from 0 to 1 */
+    uint32_t state; /* of the model, that all its signatures are made with; 0: none yet, or none any more */
     /* Grows after an entry that named a place names another or none. A reader that keeps copies of entries looks at it inside
      * its epoch: unchanged, the copies hold. Entries behind the ones it has copied may appear without it. */
     uint64_t changes;

@@ -171,7 +171,7 @@ struct pkv_op_read {
     uint64_t reserved[2];
 };
 struct pkv_op_signed {
-    uint32_t state; /* 1 */
+    uint32_t state; /* 0: they are about to be made anew; refused while others look at them */
     uint32_t reserved0;
     uint64_t reserved[4];
 };

@@ -105,7 +105,9 @@ struct core_view {
     bool writer;              /* the worker may write granted, unsealed blocks */
 };
 enum pkv_err core_seq_view(struct core *core, uint32_t worker, uint64_t handle, uint32_t layer, struct core_view *ret);
-/* All signatures of a sequence that had no state are made with state `state` now. Its writer says so. */
+/* All signatures of a sequence that had no state are made with state `state` now; its writer says so. `state` 0: it is about to
+ * make them anew, with any state; BUSY while another worker or sequence shares them, and nobody can fork it until it is done.
+ */
 enum pkv_err core_seq_signed(struct core *core, uint32_t worker, uint64_t handle, uint32_t state);
 /* Whether a sequence's signatures are made with it. */
 bool core_state_used(const struct core *core, uint32_t model, uint32_t state);

@@ -159,7 +159,7 @@ static void cow_source(struct core *core, struct seq *s, uint32_t layer, uint32_
 
 static enum pkv_err fork_check(const struct seq *s, const struct pkv_op_fork *op)
 {
-    if (s->cow.kind != COW_NONE)
+    if (s->cow.kind != COW_NONE || s->signing)
         return PKV_ERR_BUSY;
     if (op->max_tokens && op->tokens > op->max_tokens)
         return PKV_ERR_LENGTH;

@@ -59,6 +59,7 @@ struct seq {
     bool live, persistent;
     uint32_t gen, tenant, model, writer, layers, blocks_max, device;
     uint32_t state;                                  /* of the model, that its signatures are made with; as in its table */
+    bool signing;                                    /* anew: state is 0 meanwhile, and nobody may come to share its blocks */
     uint64_t open, table_offset, tokens, max_tokens; /* open: workers, one bit each */
     struct pkv_table *table;
     uint32_t *blocks;  /* [layers][blocks_max] block or NONE */

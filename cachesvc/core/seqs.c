@@ -61,6 +61,18 @@ void seq_publish_state(struct seq *s, uint32_t state)
     __atomic_store_n(&s->table->state, state, __ATOMIC_RELEASE);
 }
 
+/* Nobody else has it open, and no block is another sequence's too. */
+static bool alone(const struct core *core, const struct seq *s, uint32_t worker)
+{
+    if (s->open != 1ull << worker || s->cow.kind != COW_NONE)
+        return false;
+    for (uint32_t l = 0; l < s->layers; l++)
+        for (uint32_t i = 0; i < s->granted[l]; i++)
+            if (core->blocks[*seq_block(s, l, i)].holders > 1)
+                return false;
+    return true;
+}
+
 enum pkv_err core_seq_signed(struct core *core, uint32_t worker, uint64_t handle, uint32_t state)
 {
     enum pkv_err e = PKV_ERR_OK;
@@ -69,8 +81,12 @@ enum pkv_err core_seq_signed(struct core *core, uint32_t worker, uint64_t handle
         return e;
     if (s->writer != worker)
         return PKV_ERR_NOT_WRITER;
-    if (s->state && s->state != state)
-        return PKV_ERR_STATE_EXISTS; /* blocks may be shared: what is signed one way stays so */
+    if (!state && !alone(core, s, worker))
+        return PKV_ERR_BUSY;
+    /* Sequences without a state may share blocks: all of them turn to the first one. */
+    if (state && !s->signing && s->state != state && (s->state || state != 1))
+        return PKV_ERR_STATE_EXISTS;
+    s->signing = !state;
     seq_publish_state(s, state);
     return PKV_ERR_OK;
 }

@@ -35,7 +35,7 @@ static void fuzz_submission(const struct pkv_submission *s)
     if (s->op == PKV_OP_SEAL)
         must(u->seal.count && (uint64_t)u->seal.first_block + u->seal.count <= PKV_SEQ_BLOCKS_MAX);
     if (s->op == PKV_OP_SIGNED)
-        must(u->signed_.state == 1);
+        must(!u->signed_.reserved0);
     if (s->op == PKV_OP_SEQ_CREATE)
         must(u->create.max_tokens && u->create.max_tokens <= PKV_SEQ_TOKENS_MAX &&
              memchr(u->create.label, 0, sizeof(u->create.label)));

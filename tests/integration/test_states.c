@@ -199,12 +199,54 @@ static double error_of(struct pkv *kv, struct pkv_seq *seq, int text)
     return error;
 }
 
+/* Sequences of several states in one call. */
+static void together(struct pkv *kv, struct pkv_seq *old, struct pkv_seq *fresh)
+{
+    static float out[2 * QUERY], one[2 * QUERY];
+    struct pkv_seq *both[] = {old, fresh};
+    struct pkv_budget b = budget(K);
+    float q2[2 * QUERY];
+    uint32_t ones[] = {1, 1};
+    memcpy(q2, queries[0], QUERY * sizeof(float)), memcpy(q2 + QUERY, queries[1], QUERY * sizeof(float));
+    GOOD(kv, pkv_attend(both, ones, 2, 1, q2, &b, out, NULL, NULL));
+    for (int i = 0; i < 2; i++)
+        GOOD(kv, pkv_attend(&both[i], ones, 1, 1, q2 + i * QUERY, &b, one + i * QUERY, NULL, NULL));
+    assert_memory_equal(out, one, sizeof(out));
+}
+
+static void read_by_others(struct pkv *kv, struct pkv_seq *seq, int text, struct pkv *reader)
+{
+    struct selection want = selection(kv, seq, text), got;
+    struct pkv_seq *seen;
+    GOOD(reader, pkv_seq_open(open_code(reader, "drift"), pkv_seq_handle(seq), &seen));
+    got = selection(reader, seen, text);
+    assert_same(&want, &got);
+    assert_int_equal(pkv_seq_recalibrate(seen), -EACCES);
+}
+
+/* An old one can be signed again if nobody shares it; then it selects as a new one does. */
+static void sign_anew(struct pkv *kv, struct pkv_seq *drifted, struct pkv_seq *shared, struct pkv_seq *fresh)
+{
+    GOOD(kv, pkv_seq_truncate(drifted, 0));
+    append(kv, drifted, 1, 0, TOKENS / 64 * 64);
+    assert_int_equal(state_of(drifted), 1);
+    struct selection want = selection(kv, fresh, 1), got = selection(kv, drifted, 1);
+    assert_memory_not_equal(got.index, want.index, sizeof(want.index));
+    assert_int_equal(pkv_seq_recalibrate(shared), -EBUSY);
+    assert_int_equal(state_of(shared), 1);
+    GOOD(kv, pkv_seq_recalibrate(drifted));
+    assert_int_equal(state_of(drifted), 2);
+    got = selection(kv, drifted, 1);
+    assert_same(&want, &got);
+    GOOD(kv, pkv_seq_recalibrate(drifted)); /* it is: nothing to do */
+}
+
 static void test_recalibration(void **state)
 {
     (void)state;
     struct pkv *kv = attach(&daemon_, 0), *reader = attach(&daemon_, 0), *served = attach(&daemon_, PKV_CONNECT_SERVED);
     struct pkv_model *model = open_code(kv, "drift");
-    struct pkv_seq *old = create(kv, model, 0), *drifted, *child, *seen[2], *seen_served;
+    struct pkv_seq *old = create(kv, model, 0), *drifted, *child;
     calibrate(kv, old, 0);
     assert_int_equal(state_of(old), 1);
     struct selection before = selection(kv, old, 0), after;
@@ -233,29 +275,12 @@ static void test_recalibration(void **state)
     append(kv, child, 0, 2048, TOKENS - 2048);
     after = selection(kv, child, 0);
     assert_same(&before, &after);
-    /* Old and new in one call, and in the hands of readers. */
-    static float out[2 * QUERY], one[2 * QUERY];
-    struct pkv_seq *both[] = {old, fresh};
-    struct pkv_budget b = budget(K);
-    float q2[2 * QUERY];
-    uint32_t ones[] = {1, 1};
-    memcpy(q2, queries[0], QUERY * sizeof(float)), memcpy(q2 + QUERY, queries[1], QUERY * sizeof(float));
-    GOOD(kv, pkv_attend(both, ones, 2, 1, q2, &b, out, NULL, NULL));
-    for (int i = 0; i < 2; i++)
-        GOOD(kv, pkv_attend(&both[i], ones, 1, 1, q2 + i * QUERY, &b, one + i * QUERY, NULL, NULL));
-    assert_memory_equal(out, one, sizeof(out));
-    struct pkv_model *theirs = open_code(reader, "drift"), *served_model = open_code(served, "drift");
+    together(kv, old, fresh);
     GOOD(kv, pkv_seq_truncate(fresh, TOKENS / 64 * 64));
     GOOD(kv, pkv_seq_truncate(old, TOKENS / 64 * 64));
-    for (int i = 0; i < 2; i++) {
-        struct selection want = selection(kv, both[i], i);
-        GOOD(reader, pkv_seq_open(theirs, pkv_seq_handle(both[i]), &seen[i]));
-        after = selection(reader, seen[i], i);
-        assert_same(&want, &after);
-        GOOD(served, pkv_seq_open(served_model, pkv_seq_handle(both[i]), &seen_served));
-        after = selection(served, seen_served, i);
-        assert_same(&want, &after);
-    }
+    read_by_others(kv, old, 0, reader), read_by_others(kv, fresh, 1, reader);
+    read_by_others(kv, old, 0, served), read_by_others(kv, fresh, 1, served);
+    sign_anew(kv, drifted, old, fresh);
     pkv_close(kv), pkv_close(reader), pkv_close(served);
 }
 

@@ -431,6 +431,26 @@ static void test_states(void **state)
     assert_int_equal(core_seq_open(core, bob, h, &tokens, &table), PKV_ERR_OK);
     assert_int_equal(core_seq_signed(core, bob, h, 1), PKV_ERR_NOT_WRITER);
     assert_true(core_state_used(core, model, 3));
+    /* Anew: alone, and not to be forked until it is done. */
+    assert_int_equal(core_seq_signed(core, alice, h, 0), PKV_ERR_BUSY); /* open elsewhere */
+    assert_int_equal(core_seq_signed(core, alice, handle, 0), PKV_ERR_OK);
+    assert_int_equal(other->state, 0);
+    assert_true(core_seq_fork(core, 0, alice, 1, handle, &whole, &e, &tokens, &table));
+    assert_int_equal(e, PKV_ERR_BUSY);
+    assert_int_equal(core_seq_signed(core, alice, handle, 3), PKV_ERR_OK);
+    assert_int_equal(core_seq_signed(core, alice, handle, 4), PKV_ERR_STATE_EXISTS);
+    assert_int_equal(grant(handle, 0, 1), PKV_ERR_OK);
+    assert_int_equal(grant(handle, 1, 1), PKV_ERR_OK);
+    assert_int_equal(core_seal(core, alice, handle, 0, 0, 1), PKV_ERR_OK);
+    assert_int_equal(core_seal(core, alice, handle, 1, 0, 1), PKV_ERR_OK);
+    whole.tokens = PKV_BLOCK_TOKENS;
+    uint64_t child;
+    assert_true(core_seq_fork(core, 0, alice, 1, handle, &whole, &e, &child, &table));
+    assert_int_equal(e, PKV_ERR_OK);
+    assert_int_equal(core_seq_signed(core, alice, handle, 0), PKV_ERR_BUSY); /* shared */
+    assert_int_equal(core_seq_close(core, alice, child), PKV_ERR_OK);
+    assert_int_equal(core_seq_signed(core, alice, handle, 0), PKV_ERR_OK);
+    assert_int_equal(core_seq_signed(core, alice, handle, 3), PKV_ERR_OK);
     assert_int_equal(core_seq_close(core, alice, handle), PKV_ERR_OK);
     assert_false(core_state_used(core, model, 3));
     assert_int_equal(core_seq_signed(core, alice, handle, 1), PKV_ERR_STALE);

@@ -300,5 +300,9 @@ class Sequence(_Handle):
                                       c.byref(pointer)))
         return Sequence(self.model, pointer)
 
+    def recalibrate(self) -> None:
+        """Signs the sequence again with its model's latest calibration. Nobody else may have it open, or share its blocks."""
+        self._check(_lib.pkv_seq_recalibrate(self._live()))
+
     def truncate(self, tokens: int) -> None:
         self._check(_lib.pkv_seq_truncate(self._live(), tokens))

@@ -48,6 +48,7 @@ _PROTOTYPES = {
     "pkv_seq_tokens": (U64, [VOID]),
     "pkv_seq_fork": (c.c_int, [VOID, U64, U32, c.POINTER(VOID)]),
     "pkv_seq_truncate": (c.c_int, [VOID, U64]),
+    "pkv_seq_recalibrate": (c.c_int, [VOID]),
     "pkv_seq_reserve": (c.c_int, [VOID, U32]),
     "pkv_append": (c.c_int, [VOID, U32, U32, VOID, VOID]),
     "pkv_append_batch": (c.c_int, [c.POINTER(VOID), U32, U32, VOID, VOID, c.POINTER(U32)]),
