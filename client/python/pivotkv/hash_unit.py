@@ -4,9 +4,10 @@ its loss binary cross-entropy with positives weighted 20, its optimiser Adam.
 
 `linear` is the same with one linear map a side and without biases; the heads of a group share the keys' map.
 
-Departures, each an option: inputs centred and scaled by the training keys' and queries' mean and deviation (folded into the
-first layer afterwards); the loss of the negatives estimated on a sample of them, which has the same expectation and costs a
-fraction; Adam's rate falling to zero along a cosine; scale and bias of the logit learnt too.
+Departures, each an option: the loss of the negatives estimated on a sample of them, which has the same expectation and costs a
+fraction; Adam's rate falling to zero along a cosine; inputs centred and scaled by the training keys' and queries' mean and
+deviation, folded into the first layer afterwards (the paper's code can do it too; here it was worse: small channels become
+loud); scale and bias of the logit learnt too.
 """
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ class Options:
     rate: float = 1e-3
     cosine: bool = True
     negatives: int = 1024  # keys sampled a step, beside all positives; 0: all keys
-    centre: bool = True
+    centre: bool = False
     logit: bool = False  # learn scale and bias of the logit
     sinks: int = 128
     recent: int = 128

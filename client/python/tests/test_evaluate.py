@@ -17,7 +17,7 @@ from pivotkv.calibrate import Calibrator
 from test_convert import DATA
 from test_train import QUICK, write_recording
 
-TOKENS, POSITIONS = 900, range(500, 900, 80)
+TOKENS, POSITIONS = 900, range(500, 900, 20)
 WISH = dict(sinks=16, recent=32)
 
 
@@ -93,7 +93,7 @@ class AuditTest(unittest.TestCase):
             return subprocess.run([sys.executable, "-m", "pivotkv.evaluate_command", *map(str, arguments)],
                                   capture_output=True, text=True, timeout=60, check=False)
 
-        common = (self.folder / "test", "--k", "40,160", "--sinks", "16", "--recent", "32", "--every", "80", "--begin", "421")
+        common = (self.folder / "test", "--k", "40,160", "--sinks", "16", "--recent", "32", "--every", "20", "--begin", "481")
         done = run(*common, "--scheme", self.folder / "code.safetensors", "--format", "json")
         self.assertEqual(done.returncode, 0, done.stderr)
         rows = json.loads(done.stdout)
