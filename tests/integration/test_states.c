@@ -2,6 +2,9 @@
 #include "tests/integration/stat.h"
 
 #include <errno.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
 
 enum { TOKENS = 4120, TAUGHT = 4096 /* of them, by their queries */, CONTEXT = 8192, K = 100, MAX = 16 + 64 + K };
 
@@ -284,6 +287,80 @@ static void test_recalibration(void **state)
     pkv_close(kv), pkv_close(reader), pkv_close(served);
 }
 
+/* Writes a persistent sequence without a state, and has it signed again once it is told that there is one. Until it is killed.
+ */
+static void victim(const char *name, int to_parent, int from_parent)
+{
+    struct pkv *kv = attach(&daemon_, 0);
+    struct pkv_seq *seq = create(kv, open_code(kv, name), PKV_PERSISTENT);
+    append(kv, seq, 0, 0, TOKENS / 64 * 64);
+    GOOD(kv, pkv_ping(kv, NULL));
+    uint64_t handle = pkv_seq_handle(seq);
+    char go;
+    if (write(to_parent, &handle, sizeof(handle)) != sizeof(handle) || read(from_parent, &go, 1) != 1)
+        _exit(1);
+    for (;;)
+        (void)selection(kv, seq, 0);
+}
+
+/* Opens a dead worker's sequence, as its writer. */
+static struct pkv_seq *inherit(struct pkv *kv, struct pkv_model *model, uint64_t handle)
+{
+    struct pkv_seq *seq = NULL;
+    for (int i = 0; i < 100; i++) {
+        GOOD(kv, pkv_seq_open(model, handle, &seq));
+        int r = pkv_seq_recalibrate(seq);
+        if (r != -EACCES) { /* the daemon knows of the death */
+            GOOD(kv, r);
+            return seq;
+        }
+        GOOD(kv, pkv_seq_close(seq));
+        usleep(50000);
+    }
+    fail_msg("the dead worker's sequence cannot be written");
+    return NULL;
+}
+
+/* Killed anywhere while it signs a sequence again: the next writer signs all of it, and nothing is mixed. */
+static void test_death_while_signing(void **state)
+{
+    (void)state;
+    struct pkv *probe = attach(&daemon_, 0);
+    (void)open_code(probe, "probe"); /* skips here, not in a child */
+    pkv_close(probe);
+    for (unsigned round = 0; round < 4; round++) {
+        char name[16];
+        int up[2], down[2], status;
+        uint64_t handle = 0;
+        snprintf(name, sizeof(name), "dying %u", round);
+        assert_true(pipe(up) == 0 && pipe(down) == 0);
+        pid_t pid = fork();
+        assert_true(pid >= 0);
+        if (pid == 0) {
+            prctl(PR_SET_PDEATHSIG, SIGKILL);
+            victim(name, up[1], down[0]);
+        }
+        assert_int_equal(read(up[0], &handle, sizeof(handle)), sizeof(handle));
+        struct pkv *kv = attach(&daemon_, 0);
+        struct pkv_model *model = open_code(kv, name);
+        struct pkv_seq *mine = create(kv, model, 0);
+        calibrate(kv, mine, 0);
+        GOOD(kv, pkv_seq_truncate(mine, TOKENS / 64 * 64));
+        assert_int_equal(write(down[1], "g", 1), 1);
+        usleep(round * 4000);
+        assert_int_equal(kill(pid, SIGKILL), 0);
+        assert_int_equal(waitpid(pid, &status, 0), pid);
+        assert_true(WIFSIGNALED(status));
+        struct pkv_seq *seq = inherit(kv, model, handle);
+        assert_int_equal(state_of(seq), 1);
+        struct selection want = selection(kv, mine, 0), got = selection(kv, seq, 0);
+        assert_same(&want, &got);
+        GOOD(kv, pkv_seq_destroy(seq));
+        pkv_close(kv);
+        close(up[0]), close(up[1]), close(down[0]), close(down[1]);
+    }
+}
+
 /* What a caller gets that asks for nothing: a `code` with one bit per head dimension. */
 static void test_defaults(void **state)
 {
@@ -329,8 +406,11 @@ static void test_leaving_while_calibrating(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_kept),          cmocka_unit_test(test_before_the_first),
-        cmocka_unit_test(test_recalibration), cmocka_unit_test(test_leaving_while_calibrating),
+        cmocka_unit_test(test_kept),
+        cmocka_unit_test(test_before_the_first),
+        cmocka_unit_test(test_recalibration),
+        cmocka_unit_test(test_leaving_while_calibrating),
+        cmocka_unit_test(test_death_while_signing),
         cmocka_unit_test(test_defaults),
     };
     return cmocka_run_group_tests(tests, start, stop);
