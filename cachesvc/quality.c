@@ -20,7 +20,9 @@ enum quality_event quality_add(struct quality *q, const struct pkv_model_quality
                                               : 1 - (double)more->samples / (double)q->samples;
     q->error = kept * q->error + (1 - kept) * mean(more->error_ppm, more->samples, QUALITY_ERROR_MAX_PPM);
     q->mass = kept * q->mass + (1 - kept) * mean(more->mass_ppm, more->samples, 1000000);
-    if (!q->alarm && limit > 0 && q->samples >= QUALITY_SAMPLES && q->error > limit) {
+    if (q->samples < QUALITY_SAMPLES)
+        return QUALITY_NOTHING;
+    if (!q->alarm && limit > 0 && q->error > limit) {
         q->alarm = true;
         return QUALITY_RAISED;
     }

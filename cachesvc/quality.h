@@ -1,6 +1,6 @@
 /* A model's selection quality as the samples of all workers tell it, and the alarm over it. Pure: one owner, no clock.
  *
- *   QUIET --mean error above `raise_ppm`, over at least QUALITY_SAMPLES--> ALARM --below QUALITY_CLEAR of it--> QUIET
+ *   QUIET --mean error above the limit--> ALARM --below QUALITY_CLEAR of it--> QUIET, each over at least QUALITY_SAMPLES
  *
  * The mean is of all samples until there are QUALITY_WINDOW, then it moves with that memory. Between clear and raise nothing
  * changes: a mean that stays near the limit does not ring again and again. */

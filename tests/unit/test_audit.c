@@ -172,6 +172,7 @@ static void test_hostile_sums(void **state)
     add(&q, 100, 0.5);
     quality_reset(&q);
     assert_true(q.alarm && !q.samples);
+    assert_int_equal(add(&q, QUALITY_SAMPLES - 1, 0.1), QUALITY_NOTHING); /* a few good ones are no proof */
     assert_int_equal(add(&q, 1, 0.1), QUALITY_CLEARED);
 }
 
