@@ -56,7 +56,7 @@ static bool folder_of(const char *file, char ret[PATH_MAX])
 
 static bool try_in(const char *file)
 {
-    static const char *const places[] = {"", "../gpu/cuda/", PKV_LIBDIR_FROM_BIN};
+    static const char *const places[] = {"", PKV_LIBDIR_FROM_BIN, "../gpu/cuda/", "../../gpu/cuda/"};
     char folder[PATH_MAX], path[PATH_MAX + 64];
     if (!folder_of(file, folder))
         return false;

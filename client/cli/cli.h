@@ -21,6 +21,11 @@ int cli_stat(struct cli *cli);
 int cli_ls(struct cli *cli);
 int cli_inspect(struct cli *cli);
 int cli_doctor(struct cli *cli);
+
+/* doctor_gpu.c adds its rows by doctor_say; `advice` is dropped where all is well. */
+enum doctor_status { DOCTOR_OK, DOCTOR_WARN, DOCTOR_FAIL };
+void doctor_say(json_t *list, const char *check, enum doctor_status status, const char *found, const char *advice);
+void doctor_gpu(json_t *list);
 int cli_bench(struct cli *cli);
 
 /* Takes "--name value" or "--name=value" out of the arguments; false: not there. A missing value ends the program (CLI_USAGE).

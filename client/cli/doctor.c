@@ -4,7 +4,6 @@
 
 #include "client/pivotkv.h"
 
-#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
@@ -19,13 +18,11 @@
 #define F_SEAL_FUTURE_WRITE 0x0010
 #endif
 
-enum status { OK, WARN, FAIL };
-
-static void say(json_t *list, const char *check, enum status status, const char *found, const char *advice)
+void doctor_say(json_t *list, const char *check, enum doctor_status status, const char *found, const char *advice)
 {
     static const char *const names[] = {"ok", "warn", "fail"};
     json_array_append_new(list, json_pack("{s:s, s:s, s:s, s:s}", "check", check, "status", names[status], "found", found,
-                                          "advice", status == OK ? "" : advice));
+                                          "advice", status == DOCTOR_OK ? "" : advice));
 }
 
 static bool first_line(const char *path, char *ret, int room)
@@ -58,20 +55,21 @@ static void check_memory(json_t *list)
     char found[96], bytes[32];
     uint64_t available = meminfo("MemAvailable") * 1024;
     snprintf(found, sizeof(found), "%s available", format_bytes(available, bytes));
-    say(list, "memory", available >= 2ull << 30 ? OK : WARN, found,
-        "pivotkvd takes pool-bytes + arena-bytes at its start (5 GiB by default): make them smaller");
+    doctor_say(list, "memory", available >= 2ull << 30 ? DOCTOR_OK : DOCTOR_WARN, found,
+               "pivotkvd takes pool-bytes + arena-bytes at its start (5 GiB by default): make them smaller");
     uint64_t pages = meminfo("HugePages_Free"), size = meminfo("Hugepagesize") * 1024;
     snprintf(found, sizeof(found), "%llu free of %s", (unsigned long long)pages, format_bytes(size, bytes));
-    say(list, "huge pages", pages ? OK : WARN, found,
+    doctor_say(
+        list, "huge pages", pages ? DOCTOR_OK : DOCTOR_WARN, found,
         "reads are faster from huge pages: sysctl vm.nr_hugepages=N for pool and arena, or transparent ones for shared memory");
     char mode[128] = "not there";
     bool good = first_line("/sys/kernel/mm/transparent_hugepage/shmem_enabled", mode, sizeof(mode));
     bool on = good && (strstr(mode, "[advise]") || strstr(mode, "[always]") || strstr(mode, "[within_size]"));
-    say(list, "transparent huge pages", on ? OK : WARN, mode,
-        "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled");
+    doctor_say(list, "transparent huge pages", on ? DOCTOR_OK : DOCTOR_WARN, mode,
+               "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled");
 }
 
-static void limit(json_t *list, const char *name, int resource, uint64_t enough, enum status below, const char *advice)
+static void limit(json_t *list, const char *name, int resource, uint64_t enough, enum doctor_status below, const char *advice)
 {
     struct rlimit l = {0, 0};
     char found[64] = "unlimited", bytes[32];
@@ -81,7 +79,7 @@ static void limit(json_t *list, const char *name, int resource, uint64_t enough,
         snprintf(found, sizeof(found), "%s", format_bytes(l.rlim_max, bytes));
     else if (l.rlim_max != RLIM_INFINITY)
         snprintf(found, sizeof(found), "%llu", (unsigned long long)l.rlim_max);
-    say(list, name, good ? OK : below, found, advice);
+    doctor_say(list, name, good ? DOCTOR_OK : below, found, advice);
 }
 
 static void check_io_uring(json_t *list)
@@ -93,9 +91,9 @@ static void check_io_uring(json_t *list)
     bool there = r < 0 && errno == EFAULT;
     char found[96];
     snprintf(found, sizeof(found), "%s, kernel.io_uring_disabled = %s", there ? "allowed" : strerror(errno), disabled);
-    say(list, "io_uring", there ? OK : WARN, found,
-        "the daemon falls back to epoll; allow it with sysctl kernel.io_uring_disabled=0, or in the container's seccomp "
-        "profile");
+    doctor_say(list, "io_uring", there ? DOCTOR_OK : DOCTOR_WARN, found,
+               "the daemon falls back to epoll; allow it with sysctl kernel.io_uring_disabled=0, or in the container's seccomp "
+               "profile");
 }
 
 static void check_memfd(json_t *list)
@@ -103,8 +101,9 @@ static void check_memfd(json_t *list)
     int fd = memfd_create("doctor", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     int seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE;
     bool good = fd >= 0 && ftruncate(fd, 4096) == 0 && fcntl(fd, F_ADD_SEALS, seals) == 0;
-    say(list, "sealed shared memory", good ? OK : FAIL, good ? "memfd with F_SEAL_FUTURE_WRITE" : strerror(errno),
-        "Linux 5.1 or later, and memfd_create allowed by the sandbox");
+    doctor_say(list, "sealed shared memory", good ? DOCTOR_OK : DOCTOR_FAIL,
+               good ? "memfd with F_SEAL_FUTURE_WRITE" : strerror(errno),
+               "Linux 5.1 or later, and memfd_create allowed by the sandbox");
     if (fd >= 0)
         close(fd);
 }
@@ -118,27 +117,13 @@ static void check_cpu(json_t *list)
     else if (__builtin_cpu_supports("avx2"))
         found = "avx2";
 #endif
-    say(list, "instruction set", strcmp(found, "plain C") ? OK : WARN, found,
-        "the host backend is written for AVX2 and AVX-512");
-}
-
-static void check_gpu(json_t *list)
-{
-    struct stat s;
-    bool device = stat("/dev/nvidia0", &s) == 0;
-    void *library = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_LOCAL);
-    say(list, "GPU", device && library ? OK : WARN,
-        device && library ? "a device and its driver library"
-        : device          ? "a device without libcuda.so.1"
-                          : "none",
-        device ? "install the driver's user-space library" : "the host backend serves; this version needs no GPU");
-    if (library)
-        dlclose(library);
+    doctor_say(list, "instruction set", strcmp(found, "plain C") ? DOCTOR_OK : DOCTOR_WARN, found,
+               "the host backend is written for AVX2 and AVX-512");
 }
 
 static void check_daemon(const struct cli *cli, json_t *list)
 {
-    char path[512], folder[512], found[600];
+    char path[512], folder[512], found[1100];
     struct stat s;
     admin_socket(cli, path, sizeof(path));
     snprintf(folder, sizeof(folder), "%s", path);
@@ -146,24 +131,25 @@ static void check_daemon(const struct cli *cli, json_t *list)
     if (slash)
         *slash = 0;
     if (strlen(path) > 107) {
-        say(list, "socket path", FAIL, path, "a unix socket's path has at most 107 bytes");
+        doctor_say(list, "socket path", DOCTOR_FAIL, path, "a unix socket's path has at most 107 bytes");
     } else if (slash && stat(folder, &s) == 0 && (s.st_uid != geteuid() || s.st_mode & 077)) {
-        say(list, "socket folder", FAIL, folder, "must be yours with mode 0700: chmod 700, or choose another --socket");
+        doctor_say(list, "socket folder", DOCTOR_FAIL, folder,
+                   "must be yours with mode 0700: chmod 700, or choose another --socket");
     } else {
-        say(list, "socket folder", OK, folder, "");
+        doctor_say(list, "socket folder", DOCTOR_OK, folder, "");
     }
     struct pkv_options o = {.size = sizeof(o), .threads = 1, .label = "doctor", .timeout_ms = (uint32_t)cli->timeout_ms};
     struct pkv *kv;
     if (pkv_connect(path, &o, &kv)) {
         snprintf(found, sizeof(found), "%s: %s", path, pkv_error(NULL));
-        say(list, "daemon", WARN, found, "start pivotkvd, or name its socket with --socket");
+        doctor_say(list, "daemon", DOCTOR_WARN, found, "start pivotkvd, or name its socket with --socket");
         return;
     }
     uint64_t ns = 0;
     pkv_ping(kv, &ns);
     pkv_ping(kv, &ns);
-    snprintf(found, sizeof(found), "answers on %s, round trip %.1f us", path, (double)ns / 1000);
-    say(list, "daemon", OK, found, "");
+    snprintf(found, sizeof(found), "answers on %s, round trip %.1f us, %s", path, (double)ns / 1000, pkv_describe(kv));
+    doctor_say(list, "daemon", DOCTOR_OK, found, "");
     pkv_close(kv);
 }
 
@@ -172,14 +158,14 @@ int cli_doctor(struct cli *cli)
     cli_no_more(cli);
     json_t *list = json_array();
     check_memory(list);
-    limit(list, "locked memory", RLIMIT_MEMLOCK, 64ull << 20, WARN,
+    limit(list, "locked memory", RLIMIT_MEMLOCK, 64ull << 20, DOCTOR_WARN,
           "pinning and io_uring on older kernels need more: ulimit -l, LimitMEMLOCK= in a unit");
-    limit(list, "open files", RLIMIT_NOFILE, 1024, FAIL,
+    limit(list, "open files", RLIMIT_NOFILE, 1024, DOCTOR_FAIL,
           "every chunk is a descriptor: ulimit -n 65536, LimitNOFILE= in a unit");
     check_io_uring(list);
     check_memfd(list);
     check_cpu(list);
-    check_gpu(list);
+    doctor_gpu(list);
     check_daemon(cli, list);
     int code = CLI_GOOD;
     size_t i;

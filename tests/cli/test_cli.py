@@ -60,6 +60,23 @@ class Usage(unittest.TestCase):
             self.assertEqual(bool(row["advice"]), row["status"] != "ok", row)
         self.assertEqual(run("doctor", "--socket", "/tmp/" + "x" * 120).returncode, FAILED)
 
+    def doctor_with(self, module):
+        done = run("doctor", "--format", "json", "--socket", "/tmp/pivotkv-none/socket",
+                   env={"PIVOTKV_CUDA_MODULE": module})
+        return {row["check"]: row for row in json.loads(done.stdout)}
+
+    def test_doctor_of_gpus(self):
+        rows = self.doctor_with("/nonexistent/module.so")
+        self.assertEqual(rows["CUDA module"]["status"], "warn")
+        self.assertIn("/nonexistent/module.so", rows["CUDA module"]["found"])
+        self.assertNotIn("GPU 0", rows)
+        rows = self.doctor_with(os.environ["PIVOTKV_OTHER_MODULE"])
+        self.assertIn("of another release", rows["CUDA module"]["found"])
+        rows = self.doctor_with(os.environ["PIVOTKV_FAKE_MODULE"])
+        self.assertEqual([rows[name]["status"] for name in ("CUDA module", "CUDA driver", "GPU 0")], ["ok"] * 3)
+        self.assertIn("CUDA 13.0, 1 device", rows["CUDA driver"]["found"])
+        self.assertIn("GPU-face0000-", rows["GPU 0"]["found"])
+
 
 class Daemon(unittest.TestCase):
     def test_bad_flags(self):
