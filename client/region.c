@@ -6,6 +6,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#define HUGE_BYTES (2ull << 20)
+
 /* On the host both tiers are files in memory. The pool's pages have been touched: a page table entry each now is cheaper than a
  * fault each later. */
 static int map_host(struct pkv *kv, uint32_t tier, uint32_t chunk, int fd)
@@ -35,10 +37,26 @@ static int import(struct pkv *kv, uint32_t chunk, int fd)
     return 0;
 }
 
+/* Where huge pages can be mapped whole: registering walks the page table. */
+static void *map_aligned(int fd, uint64_t bytes)
+{
+    char *room = mmap(NULL, bytes + HUGE_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (room == MAP_FAILED)
+        return MAP_FAILED;
+    char *at = (char *)PKV_ALIGN_UP((uintptr_t)room, HUGE_BYTES), *end = at + bytes;
+    if (at > room)
+        munmap(room, (size_t)(at - room));
+    munmap(end, (size_t)(room + HUGE_BYTES - at));
+    void *base = mmap(at, bytes, PROT_READ, MAP_SHARED | MAP_FIXED, fd, 0);
+    if (base == MAP_FAILED)
+        munmap(at, bytes);
+    return base;
+}
+
 /* The arena stays where it is; the device reads it over the link. */
 static int map_registered(struct pkv *kv, uint32_t chunk, int fd)
 {
-    void *base = mmap(NULL, kv->chunk_bytes, PROT_READ, MAP_SHARED, fd, 0);
+    void *base = map_aligned(fd, kv->chunk_bytes);
     if (base == MAP_FAILED)
         return -PKV_ERR_NO_MEMORY;
     int r = gpu_device_register(kv->device, base, kv->chunk_bytes, true, &kv->readable[PKV_TIER_ARENA][chunk]);

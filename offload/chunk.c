@@ -1,8 +1,9 @@
 /* Chunks: memfds with the best pages that the machine gives.
  *
  * hugetlb needs pages set aside by the administrator, so it is tried by really reserving them. Transparent huge pages on shared
- * memory are advice (MADV_HUGEPAGE where shmem_enabled allows it, MADV_COLLAPSE otherwise, Linux 6.1). What remains are
- * small pages. Populating comes before sealing and in parallel: the kernel zeroes 4 GiB a second and thread. */
+ * memory are advice (MADV_HUGEPAGE where shmem_enabled allows it, MADV_COLLAPSE otherwise, Linux 6.1); they want aligned
+ * mappings. What remains are small pages. Populating comes before sealing and in parallel: the kernel zeroes 4 GiB a second and
+ * thread. */
 #include "offload/offload.h"
 
 #include <errno.h>
@@ -32,32 +33,46 @@ const char *offload_pages_name(enum offload_pages pages)
     return pages < OFFLOAD_PAGES ? names[pages] : "unknown";
 }
 
-/* The kernel's estimate of what can be taken without pushing others out; UINT64_MAX where it gives none. Filling shared memory
- * beyond it ends processes at random, so it is asked before. */
+/* The kernel's estimate of what can be taken without pushing others out, and what was set aside as hugetlb pages; UINT64_MAX
+ * where it gives none. Filling shared memory beyond it ends processes at random, so it is asked before. */
 uint64_t offload_available(void)
 {
     char line[128];
-    unsigned long long kib;
+    unsigned long long kib, pages = 0, size = 0;
     uint64_t bytes = UINT64_MAX;
     FILE *f = fopen("/proc/meminfo", "re");
-    while (f && bytes == UINT64_MAX && fgets(line, sizeof(line), f))
+    while (f && fgets(line, sizeof(line), f)) {
         if (sscanf(line, "MemAvailable: %llu kB", &kib) == 1)
             bytes = kib * 1024;
+        else if (sscanf(line, "HugePages_Free: %llu", &pages) != 1)
+            (void)sscanf(line, "Hugepagesize: %llu kB", &size);
+    }
     if (f)
         fclose(f);
-    return bytes;
+    return bytes == UINT64_MAX ? bytes : bytes + pages * size * 1024;
 }
 
 struct part {
     pthread_t thread;
     char *base;
     uint64_t bytes;
+    bool collapse, collapsed;
     int error;
 };
+
+/* One touched page is enough for the kernel to make a huge one: faulting all small ones first takes ten times as long. What the
+ * memory holds stays, whoever writes it meanwhile. */
+static bool collapse(char *base, uint64_t bytes)
+{
+    for (uint64_t at = 0; at < bytes; at += HUGE_BYTES)
+        __atomic_fetch_or(base + at, 0, __ATOMIC_RELAXED);
+    return madvise(base, bytes, MADV_COLLAPSE) == 0;
+}
 
 static void *populate_part(void *arg)
 {
     struct part *p = arg;
+    p->collapsed = p->bytes && p->collapse ? collapse(p->base, p->bytes) : p->collapse;
     if (p->bytes && madvise(p->base, p->bytes, MADV_POPULATE_WRITE)) {
         p->error = errno;
         if (errno == EINVAL) { /* before Linux 5.14: touch */
@@ -69,7 +84,8 @@ static void *populate_part(void *arg)
     return NULL;
 }
 
-static int populate(char *base, uint64_t bytes, uint32_t threads)
+/* `collapsed`: huge pages are wanted; false afterwards where not all became huge. May be NULL. */
+static int populate(char *base, uint64_t bytes, uint32_t threads, bool *collapsed)
 {
     struct part parts[POPULATE_THREADS_MAX];
     threads = PKV_MIN(threads, POPULATE_THREADS_MAX);
@@ -78,7 +94,7 @@ static int populate(char *base, uint64_t bytes, uint32_t threads)
     int error = 0;
     for (uint32_t i = 0; i < threads; i++) {
         uint64_t at = PKV_MIN(i * step, bytes);
-        parts[i] = (struct part){.base = base + at, .bytes = PKV_MIN(step, bytes - at)};
+        parts[i] = (struct part){.base = base + at, .bytes = PKV_MIN(step, bytes - at), .collapse = collapsed && *collapsed};
         if (i + 1 < threads && pthread_create(&parts[i].thread, NULL, populate_part, &parts[i]) == 0)
             started |= 1u << i;
         else
@@ -88,8 +104,26 @@ static int populate(char *base, uint64_t bytes, uint32_t threads)
         if (started >> i & 1)
             pthread_join(parts[i].thread, NULL);
         error = parts[i].error ? parts[i].error : error;
+        if (collapsed)
+            *collapsed = *collapsed && parts[i].collapsed;
     }
     return error == EFAULT ? -ENOMEM : -error;
+}
+
+/* Where huge pages can be mapped whole. */
+static void *map_aligned(int fd, uint64_t bytes)
+{
+    char *room = mmap(NULL, bytes + HUGE_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (room == MAP_FAILED)
+        return MAP_FAILED;
+    char *at = (char *)PKV_ALIGN_UP((uintptr_t)room, HUGE_BYTES);
+    if (at > room)
+        munmap(room, (size_t)(at - room));
+    munmap(at + bytes, (size_t)(room + HUGE_BYTES - at)); /* at least a page: `at` is within HUGE_BYTES of room */
+    void *base = mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0);
+    if (base == MAP_FAILED)
+        munmap(at, bytes);
+    return base;
 }
 
 static int map_new(const struct offload_chunk_options *o, bool hugetlb, struct offload_chunk *c)
@@ -101,7 +135,7 @@ static int map_new(const struct offload_chunk_options *o, bool hugetlb, struct o
     if (ftruncate(c->fd, (off_t)o->bytes))
         r = -errno;
     if (!r) {
-        c->base = mmap(NULL, o->bytes, PROT_READ | PROT_WRITE, MAP_SHARED, c->fd, 0);
+        c->base = map_aligned(c->fd, o->bytes);
         if (c->base != MAP_FAILED)
             return 0;
         r = -errno;
@@ -118,8 +152,9 @@ static int seal(int fd, bool readers_only)
 
 int offload_chunk_populate(struct offload_chunk *c, uint32_t threads)
 {
-    int r = populate(c->base, c->bytes, PKV_MAX(threads, 1u));
-    if (!r && c->pages == OFFLOAD_SMALL && c->bytes >= HUGE_BYTES && madvise(c->base, c->bytes, MADV_COLLAPSE) == 0)
+    bool huge = c->pages == OFFLOAD_SMALL && c->bytes % HUGE_BYTES == 0;
+    int r = populate(c->base, c->bytes, PKV_MAX(threads, 1u), &huge);
+    if (!r && huge)
         __atomic_store_n(&c->pages, OFFLOAD_THP, __ATOMIC_RELAXED); /* others may look meanwhile */
     return r;
 }
@@ -149,7 +184,7 @@ int offload_chunk_create(const struct offload_chunk_options *o, struct offload_c
     if (o->reserve && c.pages != OFFLOAD_HUGETLB && fallocate(c.fd, 0, 0, (off_t)c.bytes))
         r = errno == ENOSPC ? -ENOMEM : -errno;
     if (!r && o->populate)
-        r = huge ? offload_chunk_populate(&c, o->populate) : populate(c.base, c.bytes, o->populate);
+        r = huge ? offload_chunk_populate(&c, o->populate) : populate(c.base, c.bytes, o->populate, NULL);
     if (!r)
         r = seal(c.fd, o->readers_only);
     if (r) {

@@ -26,6 +26,9 @@ static void load(void)
 #define LOAD(function) *(void **)(&table.function) = symbol(library, NAME(function));
     CUDA_DRIVER(LOAD)
 #undef LOAD
+#define LOAD(function) *(void **)(&table.function) = dlsym(library, NAME(function));
+    CUDA_DRIVER_OPTIONAL(LOAD)
+#undef LOAD
     good = good && table.cuInit(0) == CUDA_SUCCESS;
 }
 

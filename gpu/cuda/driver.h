@@ -45,10 +45,14 @@
     X(cuMemcpyDtoDAsync)              \
     X(cuMemsetD8Async)
 
+/* Not in every driver that will do. */
+#define CUDA_DRIVER_OPTIONAL(X) X(cuMemcpyBatchAsync)
+
 /* The names are macros of cuda.h that end in a version: each names the member and the symbol alike. */
 struct cuda_driver {
 #define CUDA_DRIVER_MEMBER(function) __typeof__(function) *function;
     CUDA_DRIVER(CUDA_DRIVER_MEMBER)
+    CUDA_DRIVER_OPTIONAL(CUDA_DRIVER_MEMBER) /* may be NULL */
 #undef CUDA_DRIVER_MEMBER
 };
 
