@@ -167,7 +167,60 @@ class FileTest(unittest.TestCase):
             self.assertEqual(kv.model("fits", **good).kv_heads, 2)
 
 
+READER = """
+'''A model that reads: what client/examples/smollm2.py is, in a few lines.'''
+import numpy as np
+
+class Toy:
+    layers, q_heads, kv_heads, head_dim, rope_base = 2, 4, 2, 64, 1e4
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def forward(self, tokens, first, cache):
+        for layer in range(self.layers):
+            x = np.stack([np.random.default_rng([t, layer]).standard_normal((8, 64)) for t in tokens]).astype(np.float32)
+            cache.append(layer, x[:, :2], x[:, 2:4])
+            assert cache.attend(layer, x[:, 4:]).shape == (len(tokens), 4, 64)
+
+class ExactCache:
+    def __init__(self, model):
+        pass
+
+    def append(self, layer, k, v):
+        pass
+
+    def attend(self, layer, q):
+        return q
+"""
+
+
 class CommandTest(unittest.TestCase):
+    def test_a_model_reads(self):
+        """Through its own cache and through a daemon: the same recording, and a file made at once."""
+        with tempfile.TemporaryDirectory() as name, PrivateDaemon(
+                pathlib.Path(os.environ["PIVOTKVD"]), pool_bytes=16 << 20, arena_bytes=32 << 20) as daemon:
+            folder, made = pathlib.Path(name), []
+            (folder / "toy.py").write_text(READER)
+            (folder / "text.txt").write_text("In the beginning was the word. " * 20)
+            for more in ((), ("--socket", daemon.socket)):
+                command = ["--model", f"{folder}/toy.py:Toy", "--text", folder / "text.txt", "--tokens", 400, "--skip", 31,
+                           "--values", "--layers", "1", "--save-recording", folder / "r.safetensors",
+                           "--out", folder / "c.safetensors", *more]
+                done = subprocess.run([sys.executable, "-m", "pivotkv.calibrate_command", *map(str, command)],
+                                      capture_output=True, text=True, timeout=60, check=False)
+                self.assertEqual(done.returncode, 0, done.stderr)
+                self.assertIn("reading text.txt 400/400 tokens", done.stderr)
+                kept = recording.load(folder / "r.safetensors")
+                self.assertEqual((kept.layers, kept.tokens, kept.has_values, kept.about.model), ([1], 400, True, "toy"))
+                self.assertEqual((kept.about.rope, kept.about.text), (pivotkv.Rope(1e4, 0, True), "text.txt"))
+                want = np.random.default_rng([ord("I"), 1]).standard_normal((8, 64)).astype(np.float16)
+                np.testing.assert_array_equal(kept.k(1)[0], want[:2])
+                np.testing.assert_array_equal(kept.q(1)[0], want[4:])
+                made.append((folder / "c.safetensors").read_bytes())
+            self.assertEqual(made[0], made[1])
+            self.assertEqual(schemes.load(folder / "c.safetensors").geometry, Geometry(1, 4, 2, 64))
+
     def test_command(self):
         with tempfile.TemporaryDirectory() as name:
             folder = pathlib.Path(name)
