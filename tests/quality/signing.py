@@ -5,8 +5,9 @@
 
 Per scheme, on all threads: time of the whole forward pass per token, attention through the daemon included; of the appends in
 it, which check, copy and sign keys (an upper bound of signing); and of the queries' weights, as the service reports it. Shares
-are of the forward pass. `hash` has HashAttention's shape (two MLPs 64-128-128-32 a q head) with random weights: time does not
-depend on them. Timings are of one machine: not a test.
+are of the forward pass. Schemes come from files of random weights, since time does not depend on them: `code` with one bit in
+every dimension, which is the most work for its size; `hash` of HashAttention's shape (MLPs 64-128-128-32, two a q head).
+Timings are of one machine: not a test.
 """
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "client" / "examples"), str(ROOT / "client" / "python")]
 
-CHUNK, WARM, READ, DECODE = 256, 2304, 1024, 48  # tokens; `code` calibrates itself on the first 2048 and a bit
+CHUNK, WARM, READ, DECODE = 256, 512, 512, 24  # tokens
 
 
 class TimedCache:
@@ -43,22 +44,32 @@ class TimedCache:
         return out
 
 
-def random_hash(path: pathlib.Path, model) -> int:
-    """A file of the paper's shape; its bits."""
-    from pivotkv import mlp, schemes, tensors
+def random_file(path: pathlib.Path, model, kind: str) -> int:
+    """A scheme file; its bits."""
+    from pivotkv import schemes, tensors
     from pivotkv.recording import Geometry
     g, random = Geometry(model.layers, model.q_heads, model.kv_heads, model.head_dim), np.random.default_rng(1)
-    arrays = {}
-    for side in "kq":
-        nets = [[mlp.MLP.fresh([g.head_dim, 128, 128, 32], random) for _ in range(g.q_heads)] for _ in range(g.layers)]
-        for i in range(3):
-            arrays[f"{side}.{i}.weight"] = np.stack([np.stack([n.weights[i] for n in layer]) for layer in nets])
-            arrays[f"{side}.{i}.bias"] = np.stack([np.stack([n.biases[i] for n in layer]) for layer in nets])
-    tensors.write(path, arrays, schemes.meta("hash", g, 32 * g.group, {}))
-    return 32 * g.group
+    dim, heads = g.head_dim, (g.layers, g.kv_heads)
+
+    def numbers(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape).astype(np.float32)
+
+    if kind == "hash":
+        arrays = {f"{side}.{i}.{part}": numbers(g.layers, g.q_heads, n_out, *([n_in] if part == "weight" else []))
+                  for side in "kq" for i, (n_in, n_out) in enumerate(((dim, 128), (128, 128), (128, 32)))
+                  for part in ("weight", "bias")}
+    elif kind == "code":
+        arrays = {"k.weight": numbers(*heads, dim, dim), "q.weight": numbers(*heads, dim, dim), "k.mean": numbers(*heads, dim),
+                  "k.low": numbers(*heads, dim), "k.step": np.ones((*heads, dim), np.float32),
+                  "k.bits": np.ones((*heads, dim), np.uint8)}
+    else:
+        arrays = {"k.mean": numbers(*heads, dim), "k.deviation": np.ones((*heads, dim), np.float32)}
+    bits = 32 * g.group if kind == "hash" else dim
+    tensors.write(path, arrays, schemes.meta(kind, g, bits, {}))
+    return bits
 
 
-def measure(kv, model, tokens: list[int], scheme: str, bits: int, weights: str | None) -> list[dict]:
+def measure(kv, model, tokens: list[int], scheme: str, bits: int, weights: str) -> list[dict]:
     import pivotkv
     served = kv.model(f"signing-{scheme}-{bits}", layers=model.layers, q_heads=model.q_heads, kv_heads=model.kv_heads,
                       head_dim=model.head_dim, dtype="f16", scheme=scheme, bits=bits, weights=weights,
@@ -98,12 +109,11 @@ def body() -> int:
     with tempfile.TemporaryDirectory(prefix="pivotkv-") as folder, \
             PrivateDaemon(o.build_dir / "cachesvc" / "pivotkvd", pool_bytes=256 << 20, arena_bytes=1 << 30) as daemon, \
             pivotkv.connect(daemon.socket, threads=o.threads, label="signing") as kv:
-        path = pathlib.Path(folder) / "hash.safetensors"
-        hash_bits = random_hash(path, model)
-        for scheme, bits, weights in (("sign", 64, None), ("code", 64, None), ("code", 128, None),
-                                      ("hash", hash_bits, str(path))):
+        for scheme in ("sign", "code", "hash"):
+            path = pathlib.Path(folder) / f"{scheme}.safetensors"
+            bits = random_file(path, model, scheme)
             command.say(f"{scheme}, {bits} bits")
-            rows += measure(kv, model, tokens, scheme, bits, weights)
+            rows += measure(kv, model, tokens, scheme, bits, str(path))
     print(command.table(rows, o.format))
     return 0
 

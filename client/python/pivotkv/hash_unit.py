@@ -7,7 +7,7 @@ its loss binary cross-entropy with positives weighted 20, its optimiser Adam.
 Departures, each an option: the loss of the negatives estimated on a sample of them, which has the same expectation and costs a
 fraction; Adam's rate falling to zero along a cosine; inputs centred and scaled by the training keys' and queries' mean and
 deviation, folded into the first layer afterwards (the paper's code can do it too; here it was worse: small channels become
-loud); scale and bias of the logit learnt too.
+loud). A learnt scale and bias of the logit changed nothing and are not here.
 """
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ class Options:
     cosine: bool = True
     negatives: int = 1024  # keys sampled a step, beside all positives; 0: all keys
     centre: bool = False
-    logit: bool = False  # learn scale and bias of the logit
     sinks: int = 128
     recent: int = 128
     seed: int = 1
@@ -101,24 +100,21 @@ def _thin(batch: _Batch, options: Options, random: np.random.Generator) -> _Batc
     return _Batch(batch.head, batch.queries, batch.keys[kept], batch.labels[:, kept], batch.weights[:, kept])
 
 
-def _step(unit: Unit, logit: np.ndarray, batch: _Batch) -> tuple[float, list[np.ndarray], list[np.ndarray], np.ndarray]:
-    """Loss, and gradients of the keys' MLP, the query head's MLP and the logit's (scale, bias)."""
+def _step(unit: Unit, batch: _Batch) -> tuple[float, list[np.ndarray], list[np.ndarray]]:
+    """Loss, and gradients of the keys' MLP and of the query head's."""
     z_q, kept_q = unit.q[batch.head].forward_kept(batch.queries)
     z_k, kept_k = unit.k.forward_kept(batch.keys)
     t_q, t_k = np.tanh(z_q), np.tanh(z_k)
-    dot = t_q @ t_k.T
-    s = logit[0] * dot + logit[1]
+    s = t_q @ t_k.T
     p = sigmoid(s)
     total = np.float32(1 / batch.weights.sum())
     # -log p and -log(1 - p), both finite for any s
     soft = np.maximum(s, 0) + np.log1p(np.exp(-np.abs(s)))
     loss = float(np.vdot(batch.weights, soft - np.where(batch.labels, s, 0))) * float(total)
     g = (p - batch.labels) * batch.weights * total
-    d_logit = np.array([np.vdot(g, dot), g.sum()], np.float32)
-    g *= logit[0]
     d_q = (g @ t_k) * (1 - t_q * t_q)
     d_k = (g.T @ t_q) * (1 - t_k * t_k)
-    return loss, unit.k.backward(kept_k, d_k), unit.q[batch.head].backward(kept_q, d_q), d_logit
+    return loss, unit.k.backward(kept_k, d_k), unit.q[batch.head].backward(kept_q, d_q)
 
 
 @dataclass(frozen=True)
@@ -159,16 +155,14 @@ def train(texts: list[Text], options: Options, key: tuple[int, ...],
                 np.zeros(options.steps, np.float32))
     for mlp in unit.q if linear else []:
         mlp.biases[0][:] = 0  # and stays so: a file of `linear` has none for queries
-    scales, logit, adams = _Scales.of(texts, options), np.array([1, 0], np.float32), [Adam() for _ in range(heads + 2)]
+    scales, adams = _Scales.of(texts, options), [Adam() for _ in range(heads + 1)]
     for step in range(options.steps):
         batch = _draw(texts, options, random)
         scales.apply(batch)
         fade = 0.5 + 0.5 * np.cos(np.pi * step / options.steps) if options.cosine else 1.0
-        unit.losses[step], d_k, d_q, d_logit = _step(unit, logit, batch)
-        for mlp, gradients, adam in ((unit.k, d_k, adams[0]), (unit.q[batch.head], d_q, adams[2 + batch.head])):
+        unit.losses[step], d_k, d_q = _step(unit, batch)
+        for mlp, gradients, adam in ((unit.k, d_k, adams[0]), (unit.q[batch.head], d_q, adams[1 + batch.head])):
             count = 1 if linear and mlp is not unit.k else len(gradients)
             adam.step(mlp.parameters()[:count], gradients[:count], options.rate * fade)
-        if options.logit:
-            adams[1].step([logit], [d_logit], options.rate * fade)
         progress(step + 1)
     return scales.folded(unit)

@@ -40,7 +40,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--negatives", type=int, default=_DEFAULTS.negatives,
                    help="keys sampled for the loss beside all positives; 0: all keys, as the paper (%(default)s)")
     p.add_argument("--centre", action="store_true", help="inputs centred and scaled channel by channel, as the paper can")
-    p.add_argument("--logit", action="store_true", help="learn a scale and a bias of the logit")
     p.add_argument("--sinks", type=int, default=_DEFAULTS.sinks)
     p.add_argument("--recent", type=int, default=_DEFAULTS.recent)
     p.add_argument("--seed", type=int, default=_DEFAULTS.seed)
@@ -55,7 +54,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def plan_of(o: argparse.Namespace) -> train.Plan:
     settings = {"steps": o.steps, "chunk": o.chunk, "labels": o.labels, "positive_weight": o.positive_weight, "rate": o.rate,
-                "cosine": not o.constant_rate, "negatives": o.negatives, "centre": o.centre, "logit": o.logit,
+                "cosine": not o.constant_rate, "negatives": o.negatives, "centre": o.centre,
                 "sinks": o.sinks, "recent": o.recent, "seed": o.seed}
     if o.bits:
         settings["bits"] = o.bits

@@ -15,6 +15,7 @@ from daemon import PrivateDaemon
 from pivotkv import recording, schemes, tensors
 from pivotkv.calibrate import Calibrator, give_bits, turn
 from pivotkv.recording import Geometry
+from private import DaemonTest
 from test_train import vectors, write_recording
 
 G = Geometry(layers=2, q_heads=4, kv_heads=2, head_dim=64)
@@ -115,16 +116,8 @@ class CalibratorTest(unittest.TestCase):
                 call()
 
 
-class FileTest(unittest.TestCase):
+class FileTest(DaemonTest):
     """What the daemon makes of the files, and numpy of the same."""
-
-    @classmethod
-    def setUpClass(cls):
-        cls.daemon = PrivateDaemon(pathlib.Path(os.environ["PIVOTKVD"]), pool_bytes=32 << 20, arena_bytes=64 << 20)
-        cls.addClassCleanup(cls.daemon.stop)
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
-        cls.folder = pathlib.Path(folder.name)
 
     def test_files_serve(self):
         """The daemon's lists are those that numpy's bits and weights give, but for a code where rounding decides."""

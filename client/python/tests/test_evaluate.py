@@ -1,19 +1,16 @@
 """Evaluation in numpy is what the daemon's audit says of the same files: HashAttention end to end - trained or converted, as a
 file, served, attended - and the other schemes."""
 import json
-import os
-import pathlib
 import subprocess
 import sys
-import tempfile
 import unittest
 
 import numpy as np
 
 import pivotkv
-from daemon import PrivateDaemon
 from pivotkv import convert, evaluate, recording, schemes, tensors, train
 from pivotkv.calibrate import Calibrator
+from private import DaemonTest
 from test_convert import DATA
 from test_train import QUICK, write_recording
 
@@ -21,14 +18,10 @@ TOKENS, POSITIONS = 900, range(500, 900, 20)
 WISH = dict(sinks=16, recent=32)
 
 
-class AuditTest(unittest.TestCase):
+class AuditTest(DaemonTest):
     @classmethod
     def setUpClass(cls):
-        cls.daemon = PrivateDaemon(pathlib.Path(os.environ["PIVOTKVD"]), pool_bytes=32 << 20, arena_bytes=64 << 20)
-        cls.addClassCleanup(cls.daemon.stop)
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
-        cls.folder = pathlib.Path(folder.name)
+        super().setUpClass()
         for seed, name in ((1, "train"), (2, "test")):
             write_recording(cls.folder / name, seed, TOKENS, layers=(0, 1), values=True)
         cls.test = recording.load(cls.folder / "test")
