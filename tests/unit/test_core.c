@@ -1,4 +1,5 @@
 /* The core by hand: the life of a block, and each refusal with its own error. */
+#include "tests/lib/tables.h"
 #include "tests/lib/test.h"
 
 #include "cachesvc/core/core.h"
@@ -11,20 +12,6 @@
 static struct core *core;
 static uint32_t alice, model;
 
-static struct pkv_table *table_alloc(void *context, uint32_t tenant, uint64_t bytes, uint64_t *ret_offset)
-{
-    (void)context, (void)tenant;
-    struct pkv_table *t = calloc(1, bytes);
-    *ret_offset = (uint64_t)(uintptr_t)t;
-    return t;
-}
-
-static void table_free(void *context, uint32_t tenant, uint64_t offset, uint64_t bytes)
-{
-    (void)context, (void)tenant, (void)bytes;
-    free((void *)(uintptr_t)offset);
-}
-
 static struct pkv_model_request request(void)
 {
     return (struct pkv_model_request){
@@ -36,7 +23,7 @@ static void start_devices(uint32_t pool, uint32_t arena, uint32_t devices)
 {
     struct core_config config = {
         .pool_chunks = pool, .arena_chunks = arena, .pool_devices = devices, .chunk_bytes = 65536, .grant_timeout_ns = 1000};
-    core = core_create(&config, &(struct core_hooks){table_alloc, table_free, NULL});
+    core = core_create(&config, &(struct core_hooks){test_table_alloc, test_table_free, NULL});
     assert_non_null(core);
     struct pkv_model_request m = request();
     assert_int_equal(core_model_add(core, &m, &model), PKV_ERR_OK);

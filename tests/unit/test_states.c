@@ -1,5 +1,6 @@
 /* Signature states as the daemon keeps them: which number is taken, what is kept and for how long, and what is refused. */
 #include "cachesvc/daemon.h"
+#include "tests/lib/tables.h"
 #include "tests/lib/test.h"
 
 #include <fcntl.h>
@@ -10,20 +11,6 @@
 
 static struct daemon d;
 static uint32_t model, worker;
-
-static struct pkv_table *table_alloc(void *context, uint32_t tenant, uint64_t bytes, uint64_t *ret_offset)
-{
-    (void)context, (void)tenant;
-    struct pkv_table *t = calloc(1, bytes);
-    *ret_offset = (uint64_t)(uintptr_t)t;
-    return t;
-}
-
-static void table_free(void *context, uint32_t tenant, uint64_t offset, uint64_t bytes)
-{
-    (void)context, (void)tenant, (void)bytes;
-    free((void *)(uintptr_t)offset);
-}
 
 static struct pkv_model_request request(void)
 {
@@ -39,7 +26,7 @@ static int start(void **state)
     memset(&d, 0, sizeof(d));
     states_init(d.states);
     d.control = calloc(1, sizeof(*d.control));
-    d.core = core_create(&config, &(struct core_hooks){table_alloc, table_free, NULL});
+    d.core = core_create(&config, &(struct core_hooks){test_table_alloc, test_table_free, NULL});
     assert_non_null(d.core), assert_non_null(d.control);
     assert_int_equal(core_model_add(d.core, &m, &model), PKV_ERR_OK);
     return core_worker_join(d.core, "", &worker) != PKV_ERR_OK;
