@@ -112,12 +112,13 @@ class Gemma3:
         self.dim = int(get["gemma3.embedding_length"])
         self.context = int(get["gemma3.context_length"])
         self.window = int(get["gemma3.attention.sliding_window"])
-        self.rope_base = float(get["gemma3.rope.freq_base"])
+        self.rope_base, self.rope_interleaved = float(get["gemma3.rope.freq_base"]), False
         self.rope_base_local = 10000.0  # not in the file
         self.eps = float(get["gemma3.attention.layer_norm_rms_epsilon"])
         self.global_layers = tuple(range(5, self.layers, 6))
         self.vocabulary = Vocabulary(get["tokenizer.ggml.tokens"], get["tokenizer.ggml.scores"],
                                      get["tokenizer.ggml.token_type"])
+        self.begin = [self.vocabulary.bos]  # of every text
         self.out_norm = self._load("output_norm")
         self.blocks = [self._load_layer(i) for i in range(self.layers)]
         self._embedding: np.ndarray | None = None

@@ -56,7 +56,7 @@ class SmolLM2:
         self.dim = int(get["llama.embedding_length"])
         self.head_dim = self.dim // self.q_heads
         self.context = int(get["llama.context_length"])
-        self.rope_base = float(get["llama.rope.freq_base"])
+        self.rope_base, self.rope_interleaved = float(get["llama.rope.freq_base"]), True
         self.eps = float(get["llama.attention.layer_norm_rms_epsilon"])
         self.embedding = load("token_embd.weight")  # [vocab, dim], tied with the output
         self.out_norm = load("output_norm.weight")

@@ -35,6 +35,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--rope-dims", type=int, default=0, help="with --rope-base: 0 is head_dim")
     p.add_argument("--rope-interleaved", action="store_true", help="with --rope-base: pairs of neighbours, not of halves")
     p.add_argument("--model", metavar="FILE.py:CLASS", help="reads --text; runs that file: name only code that you trust")
+    p.add_argument("--weights", type=pathlib.Path, metavar="FILE", help="of --model, where its class wants to be told")
     p.add_argument("--text", type=pathlib.Path, action="append", default=[], help="for --model; may be given again")
     p.add_argument("--tokens", type=command.positive, default=8000, help="of each text (%(default)s)")
     p.add_argument("--skip", type=int, default=0, help="tokens of each text that are left out first")
@@ -64,8 +65,9 @@ def read_text(o: argparse.Namespace, with_model: Reader, path: pathlib.Path, fol
     tokens = with_model.model.encode(text)[o.skip: o.skip + o.tokens]
     if not tokens:
         raise ValueError(f"{path} has no token after the first {o.skip}")
+    tokens = (getattr(with_model.model, "begin", []) + tokens)[: o.tokens]
     bar = command.Progress(f"reading {path.name}", len(tokens), " tokens")
-    with service_cache(with_model.model, len(tokens), o.socket) if o.socket else contextlib.nullcontext() as cache:
+    with service_cache(with_model, len(tokens), o.socket) if o.socket else contextlib.nullcontext() as cache:
         recorder = with_model.read(tokens, layers=o.layers, values=o.values, cache=cache, progress=bar)
     target = o.save_recording or pathlib.Path(folder) / f"{len(list(pathlib.Path(folder).iterdir()))}.safetensors"
     save(target, recorder, with_model.about(path.name))
@@ -93,7 +95,7 @@ def body(argv: list[str] | None) -> int:
     with tempfile.TemporaryDirectory(prefix="pivotkv-") as folder:
         paths = list(o.recordings)
         if o.model:
-            with_model = reader(o.model)
+            with_model = reader(o.model, o.weights)
             paths += [read_text(o, with_model, path, folder) for path in o.text]
         if o.out:
             print(command.table([calibrate(o, load_all(paths))], o.format))

@@ -161,29 +161,40 @@ def save(path: str | os.PathLike, recorder: Recorder, about: About) -> None:
 
 @dataclass
 class Reader:
-    """A model in Python, as client/examples/smollm2.py is one: layers, q_heads, kv_heads, head_dim, rope_base, encode(text) and
-    forward(tokens, first, cache); its module's ExactCache(model) attends exactly."""
+    """A model in Python, as client/examples/smollm2.py is one: layers, q_heads, kv_heads, head_dim, rope_base,
+    rope_interleaved, encode(text) and forward(tokens, first, cache); its module's ExactCache(model) attends exactly. Texts
+    begin with the tokens `begin`, if it has any. Where only some layers attend to everything (global_layers, as in gemma3.py),
+    these are the ones that count, and the module's WindowCache(model, cache) keeps the others."""
 
     model: Any
     module: Any
     name: str
+    weights: pathlib.Path | None = None
+
+    @property
+    def layers(self) -> int:
+        return len(getattr(self.model, "global_layers", range(self.model.layers)))
 
     def about(self, text: str) -> About:
-        path = getattr(self.module, "find_gguf", None)
-        digest = hashlib.sha256(pathlib.Path(path()).read_bytes()).hexdigest() if path else ""
-        rope = Rope(self.model.rope_base, interleaved=bool(getattr(self.model, "rope_interleaved", True)))
-        return About(self.name, digest, text, rope)
+        find = getattr(self.module, "find_gguf", None)
+        path = self.weights or (find() if find else None)
+        digest = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() if path else ""
+        return About(self.name, digest, text, Rope(self.model.rope_base, interleaved=self.model.rope_interleaved))
 
     def read(self, tokens: list[int], *, layers: Iterable[int] | None = None, values: bool = False, cache: Any = None,
              progress: Callable[[int], None] = lambda done: None) -> Recorder:
         """The model reads `tokens`; what it computed in `layers` (default: all). `cache` attends exactly (ServiceCache does it
         many times faster than the model's own)."""
-        chosen = range(self.model.layers) if layers is None else list(layers)
-        if any(not 0 <= layer < self.model.layers for layer in chosen):
-            raise ValueError(f"{self.name} has layers 0 to {self.model.layers - 1}")
-        recorder = Recorder(cache or self.module.ExactCache(self.model), chosen, values=values)
+        chosen = range(self.layers) if layers is None else list(layers)
+        if any(not 0 <= layer < self.layers for layer in chosen):
+            raise ValueError(f"{self.name} has layers 0 to {self.layers - 1} that attend to everything")
+        if cache is None and not hasattr(self.module, "ExactCache"):
+            raise ValueError(f"{self.name} has no ExactCache of its own: let a daemon attend (--socket)")
+        recorder = seen = Recorder(cache or self.module.ExactCache(self.model), chosen, values=values)
+        if self.layers < self.model.layers:
+            seen = self.module.WindowCache(self.model, recorder)
         for at in range(0, len(tokens), CHUNK):
-            self.model.forward(tokens[at: at + CHUNK], at, recorder)
+            self.model.forward(tokens[at: at + CHUNK], at, seen)
             progress(min(at + CHUNK, len(tokens)))
         return recorder
 
@@ -202,17 +213,18 @@ class ServiceCache:
 
 
 @contextlib.contextmanager
-def service_cache(model: Any, tokens: int, socket: str | None, threads: int = 0) -> Iterator[ServiceCache]:
+def service_cache(reader: Reader, tokens: int, socket: str | None, threads: int = 0) -> Iterator[ServiceCache]:
     """On the daemon of `socket`, for a text of so many tokens."""
     with connect(socket, threads=threads, label="recording") as kv:
-        served = kv.model(f"recording-{os.getpid()}", layers=model.layers, q_heads=model.q_heads, kv_heads=model.kv_heads,
-                          head_dim=model.head_dim, dtype="f16", scheme="sign")
+        served = kv.model(f"recording-{os.getpid()}", layers=reader.layers, q_heads=reader.model.q_heads,
+                          kv_heads=reader.model.kv_heads, head_dim=reader.model.head_dim, dtype="f16", scheme="sign")
         with served.sequence(tokens + CHUNK) as sequence:
             yield ServiceCache(sequence)
 
 
-def reader(name: str) -> Reader:
-    """`FILE.py:CLASS` or `MODULE:CLASS`. Runs that code: name only files that you trust."""
+def reader(name: str, weights: pathlib.Path | None = None) -> Reader:
+    """`FILE.py:CLASS` or `MODULE:CLASS`; CLASS is called with the weights' path, if there is one. Runs that code: name only
+    files that you trust."""
     where, _, what = name.rpartition(":")
     if not where or not what.isidentifier():
         raise ValueError(f"model {name!r}: write FILE.py:CLASS, as client/examples/smollm2.py:SmolLM2")
@@ -226,6 +238,6 @@ def reader(name: str) -> Reader:
         spec.loader.exec_module(module)
     else:
         module = importlib.import_module(where)
-    if not hasattr(module, what) or not hasattr(module, "ExactCache"):
-        raise ValueError(f"{where} needs a class {what} and a class ExactCache, as client/examples/smollm2.py has them")
-    return Reader(getattr(module, what)(), module, what.lower())
+    if not hasattr(module, what):
+        raise ValueError(f"{where} has no class {what}")
+    return Reader(getattr(module, what)(*([weights] if weights else [])), module, what.lower(), weights)

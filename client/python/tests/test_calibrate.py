@@ -1,5 +1,6 @@
 """Calibration: equal to what the C library learns from the same tokens, the same in chunks as in one piece, and files that the
 daemon takes."""
+import hashlib
 import json
 import os
 import pathlib
@@ -165,7 +166,10 @@ READER = """
 import numpy as np
 
 class Toy:
-    layers, q_heads, kv_heads, head_dim, rope_base = 2, 4, 2, 64, 1e4
+    layers, q_heads, kv_heads, head_dim, rope_base, rope_interleaved, global_layers = 4, 4, 2, 64, 1e4, True, (1, 3)
+
+    def __init__(self, weights):
+        assert weights.name == "weights.gguf"
 
     def encode(self, text):
         return list(text.encode())
@@ -185,6 +189,17 @@ class ExactCache:
 
     def attend(self, layer, q):
         return q
+
+class WindowCache:
+    def __init__(self, model, remote):
+        self.number, self.remote = {layer: i for i, layer in enumerate(model.global_layers)}, remote
+
+    def append(self, layer, k, v):
+        if layer in self.number:
+            self.remote.append(self.number[layer], k, v)
+
+    def attend(self, layer, q):
+        return self.remote.attend(self.number[layer], q) if layer in self.number else q
 """
 
 
@@ -195,9 +210,11 @@ class CommandTest(unittest.TestCase):
                 pathlib.Path(os.environ["PIVOTKVD"]), pool_bytes=16 << 20, arena_bytes=32 << 20) as daemon:
             folder, made = pathlib.Path(name), []
             (folder / "toy.py").write_text(READER)
+            (folder / "weights.gguf").write_bytes(b"numbers")
             (folder / "text.txt").write_text("In the beginning was the word. " * 20)
             for more in ((), ("--socket", daemon.socket)):
                 command = ["--model", f"{folder}/toy.py:Toy", "--text", folder / "text.txt", "--tokens", 400, "--skip", 31,
+                           "--weights", folder / "weights.gguf",
                            "--values", "--layers", "1", "--save-recording", folder / "r.safetensors",
                            "--out", folder / "c.safetensors", *more]
                 done = subprocess.run([sys.executable, "-m", "pivotkv.calibrate_command", *map(str, command)],
@@ -207,7 +224,8 @@ class CommandTest(unittest.TestCase):
                 kept = recording.load(folder / "r.safetensors")
                 self.assertEqual((kept.layers, kept.tokens, kept.has_values, kept.about.model), ([1], 400, True, "toy"))
                 self.assertEqual((kept.about.rope, kept.about.text), (pivotkv.Rope(1e4, 0, True), "text.txt"))
-                want = np.random.default_rng([ord("I"), 1]).standard_normal((8, 64)).astype(np.float16)
+                self.assertEqual(kept.about.digest, hashlib.sha256(b"numbers").hexdigest())
+                want = np.random.default_rng([ord("I"), 3]).standard_normal((8, 64)).astype(np.float16)
                 np.testing.assert_array_equal(kept.k(1)[0], want[:2])
                 np.testing.assert_array_equal(kept.q(1)[0], want[4:])
                 made.append((folder / "c.safetensors").read_bytes())

@@ -1,4 +1,5 @@
 """Training: gradients against differences, what is learnt, checkpoints, resume, and bytes that repeat."""
+import importlib.util
 import json
 import os
 import pathlib
@@ -11,7 +12,7 @@ import unittest
 
 import numpy as np
 
-from pivotkv import evaluate, hash_unit, mlp, recording, schemes, tensors, train
+from pivotkv import command, evaluate, hash_unit, mlp, recording, schemes, tensors, train
 from pivotkv.hash_unit import Options, Text
 
 QUICK = dict(steps=6, hidden=(16,), bits=16, chunk=32, labels=8, negatives=64, sinks=16, recent=16)
@@ -159,6 +160,16 @@ class TrainTest(unittest.TestCase):
             self.assertNotIn("Traceback", failed.stderr)
         command[3] = str(self.folder / "none.safetensors")
         self.assertIn("No such file", run().stderr)
+
+    def test_curve(self):
+        if importlib.util.find_spec("matplotlib") is None:
+            self.skipTest("no matplotlib")
+        losses, made = np.geomspace(1, 0.1, 200)[None] * np.ones((4, 1)), set()
+        for _ in range(2):
+            self.assertTrue(command.save_curve(self.folder / "curve.png", losses, "toy"))
+            made.add((self.folder / "curve.png").read_bytes())
+        self.assertEqual({raw[:8] for raw in made}, {b"\x89PNG\r\n\x1a\n"})
+        self.assertEqual(len(made), 1)
 
     def test_interrupted_and_killed(self):
         """Ctrl-C reaches the whole group, SIGKILL one worker: a sentence each time, nobody left, the same bytes in the end."""
