@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Runs Python tests against this build, in the environment that `make test` or `make demo` made.
 
-run.py SOURCE BUILD FOLDER, the folder as named in the source. Exit status 77 (skipped) where there is neither that environment
-nor a numpy, or no test yet.
+run.py SOURCE BUILD FOLDER [ENVIRONMENT MODULE], the folder as named in the source, the environment as named in the build folder
+(venv), with a module that the tests cannot do without (numpy). Exit status 77 (skipped) where there is neither that environment
+nor another Python with the module, or no test yet.
 """
 import os
 import pathlib
@@ -12,9 +13,10 @@ import sys
 SKIPPED = 77
 
 
-def interpreter(build):
-    for python in (build / "venv" / "bin" / "python", pathlib.Path(sys.executable)):
-        if python.exists() and subprocess.run([python, "-c", "import numpy"], capture_output=True, check=False).returncode == 0:
+def interpreter(build, environment, module):
+    for python in (build / environment / "bin" / "python", pathlib.Path(sys.executable)):
+        imports = [python, "-c", f"import {module}"]
+        if python.exists() and subprocess.run(imports, capture_output=True, check=False).returncode == 0:
             return python
     return None
 
@@ -22,17 +24,19 @@ def interpreter(build):
 def main():
     source, build = (pathlib.Path(argument).resolve() for argument in sys.argv[1:3])
     package, tests = source / "client" / "python", source / sys.argv[3]
+    environment, module = sys.argv[4:6] if len(sys.argv) > 4 else ("venv", "numpy")
     if not list(tests.glob("test_*.py")):
         print(f"no test_*.py in {tests}")
         return SKIPPED
-    python = interpreter(build)
+    python = interpreter(build, environment, module)
     if not python:
-        print("no Python with numpy: `make venv` makes one in the build folder")
+        print(f"no Python with {module}: `make {environment}` makes one in the build folder")
         return SKIPPED
     # The examples hold the private daemon that the tests start.
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(map(str, (package, source / "client" / "examples"))),
         "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",  # torch's threads leave the cores to the library's between their turns
         "PIVOTKV_LIBRARY": str(build / "client" / "libpivotkv.so"),
     }
     command = [python, "-m", "unittest", "discover", "-v", "-s", tests]
