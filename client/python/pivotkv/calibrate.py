@@ -39,7 +39,11 @@ _STEPS = np.array([1, 1.5956, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041])
 
 
 def _numbers(value: Any, geometry: Geometry, heads: int, what: str) -> np.ndarray:
-    array = np.asarray(value if isinstance(value, np.ndarray) else np.from_dlpack(value), np.float32)
+    try:
+        array = np.asarray(value if isinstance(value, np.ndarray) else np.from_dlpack(value), np.float32)
+    except (AttributeError, BufferError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{what} cannot be read ({error}): hand over float32 or float16 on the CPU, as numpy or by "
+                         "DLPack") from None
     if array.ndim != 3 or array.shape[1:] != (heads, geometry.head_dim):
         raise ValueError(f"{what} has shape {list(array.shape)}, not [tokens, {heads}, {geometry.head_dim}]")
     if not np.isfinite(array).all():

@@ -111,6 +111,7 @@ class CalibratorTest(unittest.TestCase):
         made = Calibrator(G, None, CONTEXT)
         k = np.zeros((20, 2, 64), np.float32)
         for word, call in (("shape", lambda: made.feed(0, 0, q=k)), ("layer 2", lambda: made.feed(2, 0, k=k)),
+                           ("as numpy or by DLPack", lambda: made.feed(0, 0, k=[[1.0]])),
                            ("NaN", lambda: made.feed(0, 0, k=k * np.nan)), ("feed both", lambda: made.code(64)),
                            ("needs 64", lambda: made.sign(64)), ("steps of 32", lambda: made.write("x", 40))):
             with self.assertRaisesRegex(ValueError, word):
