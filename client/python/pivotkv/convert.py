@@ -40,7 +40,7 @@ def _of_state_dict(content: dict) -> dict[int, dict[str, Stages]]:
     found: dict[tuple, np.ndarray] = {}
     for name, tensor in content.items():
         match = _NAME.fullmatch(name) if isinstance(name, str) else None
-        if match is None or not isinstance(tensor, np.ndarray):
+        if match is None or not isinstance(tensor, unpickle.Tensor):
             raise FormatError(f"{name!r} is not one of HashAttention's tensors")
         layer, side, head, place, part = match.groups()
         found[int(layer), side, int(head), int(place), part] = unpickle.floats(tensor)

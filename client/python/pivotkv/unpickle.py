@@ -33,7 +33,19 @@ _OPCODES = set("""PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE INT B
 _STORAGES = {"FloatStorage": np.float32, "HalfStorage": np.float16, "BFloat16Storage": np.uint16, "DoubleStorage": np.float64}
 
 
-class _Storage:
+_MEMO_MAX = 1 << 24  # a pickle can ask for a table of as many entries as the largest number it names
+
+
+class _Sealed:
+    """Pickles may set the attributes of what they are given (the opcode BUILD): not of these."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        raise FormatError("it changes an object that it was given: do not trust this file")
+
+
+class _Storage(_Sealed):
     """Elements of one type, in a row."""
 
     __slots__ = ("data", "bfloat")
@@ -42,7 +54,28 @@ class _Storage:
         self.data, self.bfloat = data, bfloat
 
 
-class _StorageType:
+class Tensor(_Sealed):
+    """A read-only view of a storage."""
+
+    __slots__ = ("array", "bfloat")
+
+    def __init__(self, array: np.ndarray, bfloat: bool):
+        self.array, self.bfloat = array, bfloat
+
+
+class _Call(_Sealed):
+    """A function that a pickle may call."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable):
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+
+class _StorageType(_Sealed):
     __slots__ = ("name",)
 
     def __init__(self, name: str):
@@ -65,7 +98,7 @@ class _Ordered(collections.OrderedDict):
         pass
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> np.ndarray:
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
     """torch._utils._rebuild_tensor_v2. No bigger than its storage, so that a small file cannot claim a huge array."""
     if (not isinstance(storage, _Storage) or not isinstance(size, tuple) or not isinstance(stride, tuple)
             or len(size) != len(stride)):
@@ -79,19 +112,12 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> np.nd
         raise FormatError("a tensor that is larger than its storage")
     width = storage.data.itemsize
     view = np.lib.stride_tricks.as_strided(storage.data[offset:], size, [s * width for s in stride], writeable=False)
-    return _BFloat(view) if storage.bfloat else view
+    return Tensor(view, storage.bfloat)
 
 
-class _BFloat(np.ndarray):
-    """Marks uint16 that are bfloat16."""
-
-    def __new__(cls, array: np.ndarray) -> _BFloat:
-        return array.view(cls)
-
-
-def _parameter(data: Any, *_: Any) -> Any:
+def _parameter(data: Any, *_: Any) -> Tensor:
     """torch._utils._rebuild_parameter."""
-    if not isinstance(data, np.ndarray):
+    if not isinstance(data, Tensor):
         raise FormatError("a parameter that is no tensor")
     return data
 
@@ -105,14 +131,13 @@ class _Reader(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return _Ordered
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
-            function = _tensor if name == "_rebuild_tensor_v2" else _parameter
-            return lambda *arguments: function(*arguments)  # one of its own: BUILD can set attributes of what it is given
+            return _Call(_tensor if name == "_rebuild_tensor_v2" else _parameter)
         if module == "torch.storage" and name == "_load_from_bytes" and not self._nested:
-            return lambda raw: _legacy(io.BytesIO(raw), nested=True)
+            return _Call(lambda raw: _legacy(io.BytesIO(raw), nested=True))
         if module == "torch" and name in _STORAGES:
             return _StorageType(name)
         if (module, name) == ("_codecs", "encode"):  # how protocols below 3 write bytes
-            return lambda text, _: text.encode("latin-1")
+            return _Call(lambda text, _: text.encode("latin-1"))
         raise FormatError(f"it asks for {module}.{name}, which has no place in a file of tensors: do not trust this file")
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -124,7 +149,9 @@ class _Reader(pickle.Unpickler):
 def _check_opcodes(file: io.BufferedIOBase) -> None:
     """Reads one pickle through, executing nothing, and goes back to where it began."""
     at = file.tell()
-    for opcode, _, _ in pickletools.genops(file):
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name.endswith("PUT") and argument > _MEMO_MAX:
+            raise FormatError("it remembers more than any file of tensors does: do not trust this file")
         if opcode.name not in _OPCODES:
             raise FormatError(f"it uses the pickle opcode {opcode.name}, which tensors do not need: do not trust this file")
     file.seek(at)
@@ -202,15 +229,15 @@ def _archive(file: zipfile.ZipFile) -> Any:
     return _load(io.BytesIO(file.read(pickles[0])), storage)
 
 
-def floats(array: np.ndarray) -> np.ndarray:
-    """float16, float32 or float64 as float32, bfloat16 too."""
-    if isinstance(array, _BFloat):
-        return (np.asarray(array).astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32)
+def floats(tensor: Tensor) -> np.ndarray:
+    """float16, float32, float64 or bfloat16 as float32."""
+    if tensor.bfloat:
+        return (tensor.array.astype(np.uint32) << 16).view(np.float32)
+    return tensor.array.astype(np.float32)
 
 
 def load(path: str | os.PathLike) -> Any:
-    """Containers and read-only arrays; floats() turns each into float32."""
+    """Containers and tensors; floats() turns each of these into an array of float32."""
     path = pathlib.Path(path)
     try:
         if path.stat().st_size > _BYTES_MAX:

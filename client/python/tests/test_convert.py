@@ -148,13 +148,25 @@ class HostileTest(unittest.TestCase):
         self.refused(b"(cos\nsystem\nS'true'\no.", "opcode OBJ")
         self.refused(b"\x82\x01.", "opcode EXT1")
         self.refused(b"\x80\x04cbuiltins\nobject\n)\x81.", "opcode NEWOBJ")
-        # BUILD sets attributes of what a name gave: of this reading's own function, not of the module's.
-        raw = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb."
-        with tempfile.NamedTemporaryFile() as file:
-            file.write(raw)
-            file.flush()
-            unpickle.load(file.name)
-        self.assertFalse(hasattr(unpickle._tensor, "a"))
+        self.refused(b"\x80\x02}r\xff\xff\xff\x7f.", "remembers more")
+        # BUILD sets attributes of what it is given: of a function, a type, a storage (which a tensor could then lie about), a
+        # tensor.
+        call, kind, state = b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nFloatStorage\n", b"}X\x01\x00\x00\x00aK\x01s"
+        storage = b"(X\x07\x00\x00\x00storage" + kind + b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x02tQ"
+        tensor = call + b"(" + storage + b"K\x00K\x02\x85K\x01\x85\x89NtR"
+        for thing, word in ((call, "changes an object"), (kind, "changes an object"), (storage, "changes an object"),
+                            (tensor, "changes an object"), (b"ccollections\nOrderedDict\n", "damaged")):
+            archive = io.BytesIO()
+            with zipfile.ZipFile(archive, "w") as file:
+                file.writestr("x/data.pkl", b"\x80\x02" + thing + state + b"b.")
+                file.writestr("x/data/0", np.zeros(2, np.float32).tobytes())
+            self.refused(archive.getvalue(), word)
+            # The same without BUILD is read.
+            with tempfile.NamedTemporaryFile() as good, zipfile.ZipFile(good, "w") as file:
+                file.writestr("x/data.pkl", b"\x80\x02" + thing + b".")
+                file.writestr("x/data/0", np.zeros(2, np.float32).tobytes())
+                file.close()
+                unpickle.load(good.name)
 
     def test_damage(self):
         for name in FILES:
@@ -182,7 +194,7 @@ class HostileTest(unittest.TestCase):
                                      ((-1,), (1,), 0), ((2, 2), (1,), 0), ((2.0,), (1,), 0), ((2,), (-1,), 5)):
             with self.assertRaises(FormatError):
                 unpickle._tensor(storage, offset, size, stride)
-        np.testing.assert_array_equal(unpickle._tensor(storage, 1, (3, 3), (3, 1)), np.zeros((3, 3)))
+        np.testing.assert_array_equal(unpickle._tensor(storage, 1, (3, 3), (3, 1)).array, np.zeros((3, 3)))
 
 
 if __name__ == "__main__":
