@@ -75,29 +75,33 @@ def _draw(texts: list[Text], options: Options, random: np.random.Generator) -> _
     first = least_tokens(options) - options.chunk + at - int(sizes[:which].sum())
     head = int(random.integers(len(text.q)))
     queries = text.q[head, first: first + options.chunk]
-    end = first + options.chunk - options.recent  # no query of the chunk may see more
-    keys = text.k[options.sinks: end]
     # Query i may see keys of tokens below first + i + 1 - recent.
-    hidden = np.arange(options.sinks, end)[None, :] >= (first + 1 - options.recent + np.arange(options.chunk))[:, None]
-    scores = queries @ keys.T
-    scores[hidden] = -np.inf
+    sees = first + 1 - options.recent + np.arange(options.chunk)[:, None]
+    tokens = np.arange(options.sinks, first + options.chunk - options.recent)
+    scores = queries @ text.k[tokens[0]: tokens[-1] + 1].T
+    late = slice(max(0, len(tokens) - options.chunk), None)
+    scores[:, late][tokens[late] >= sees] = -np.inf
     best = np.argpartition(scores, -options.labels, axis=1)[:, -options.labels:]
-    labels = np.zeros(scores.shape, bool)
-    np.put_along_axis(labels, best, True, axis=1)
-    weights = np.where(labels, np.float32(options.positive_weight), np.float32(1))
-    weights[hidden] = 0
-    return _thin(_Batch(head, queries, keys, labels, weights), options, random)
+    kept, shares = _sample(best, len(tokens), options, random)
+    labels = np.zeros((options.chunk, len(kept)), bool)
+    np.put_along_axis(labels, np.searchsorted(kept, best), True, axis=1)
+    weights = np.where(labels, np.float32(options.positive_weight), shares)
+    weights[tokens[kept] >= sees] = 0
+    return _Batch(head, queries, text.k[tokens[kept]], labels, weights)
 
 
-def _thin(batch: _Batch, options: Options, random: np.random.Generator) -> _Batch:
-    """Keeps the keys that are positive for some query, and a sample of the others that stands for all of them."""
-    others = np.flatnonzero(~batch.labels.any(axis=0))
+def _sample(best: np.ndarray, count: int, options: Options, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Of `count` keys, ascending, those that are positive for some query and a sample of the others; how many keys each
+    stands for."""
+    positive = np.zeros(count, bool)
+    positive[best.ravel()] = True
+    others = np.flatnonzero(~positive)
     if not options.negatives or len(others) <= options.negatives:
-        return batch
-    sample = random.choice(others, options.negatives, replace=False)
-    batch.weights[:, sample] *= np.float32(len(others) / options.negatives)
-    kept = np.concatenate([np.flatnonzero(batch.labels.any(axis=0)), np.sort(sample)])
-    return _Batch(batch.head, batch.queries, batch.keys[kept], batch.labels[:, kept], batch.weights[:, kept])
+        return np.arange(count), np.ones(count, np.float32)
+    shares = np.where(positive, np.float32(1), np.float32(len(others) / options.negatives))
+    positive[random.choice(others, options.negatives, replace=False)] = True
+    kept = np.flatnonzero(positive)
+    return kept, shares[kept]
 
 
 def _step(unit: Unit, batch: _Batch) -> tuple[float, list[np.ndarray], list[np.ndarray]]:
