@@ -54,12 +54,15 @@ static void *main_pins(void *arg)
         pthread_mutex_unlock(&p->lock);
     }
     __atomic_store_n(&p->refused, r, __ATOMIC_RELEASE);
+    pthread_mutex_lock(&p->lock);
+    const char *pages = offload_pages_name(p->chunks[0].pages);
+    pthread_mutex_unlock(&p->lock);
+    uint32_t done = __atomic_load_n(&p->done, __ATOMIC_ACQUIRE);
     if (r)
-        log_warn("only %u of %u chunks of the arena are pinned, copies to the others are slower: %s", p->done, p->count,
+        log_warn("only %u of %u chunks of the arena are pinned, copies to the others are slower: %s", done, p->count,
                  pkv_err_text((uint32_t)-r));
     else
-        log_info("%u chunks of the arena pinned in %.1f s (%s)", p->done, seconds() - begin,
-                 offload_pages_name(p->chunks[0].pages));
+        log_info("%u chunks of the arena pinned in %.1f s (%s)", done, seconds() - begin, pages);
     return NULL;
 }
 
