@@ -46,11 +46,25 @@ static double kernel_us(const void *from, void *to)
     return us[ROUNDS / 2];
 }
 
+static void show_log(const struct test_daemon *d)
+{
+    char line[512];
+    FILE *f = fopen(d->log, "r");
+    while (f && fgets(line, sizeof(line), f))
+        fputs(line, stdout);
+    if (f)
+        fclose(f);
+}
+
 static struct pkv *connect_to(const struct test_daemon *d)
 {
     struct pkv_options o = {.size = sizeof(o), .backend = "cuda", .label = "bench", .timeout_ms = 120000, .threads = 1};
     struct pkv *kv = NULL;
-    GOOD(NULL, pkv_connect(d->socket, &o, &kv));
+    if (pkv_connect(d->socket, &o, &kv)) {
+        printf("%s\n", pkv_error(NULL));
+        show_log(d);
+        exit(1);
+    }
     return kv;
 }
 
@@ -140,6 +154,7 @@ int main(int argc, char **argv)
     pkv_close(second);
     bench_home(&d, first, seq, blocks);
     pkv_close(first);
+    show_log(&d);
     test_daemon_stop(&d);
     return 0;
 }
