@@ -37,11 +37,16 @@ static void device_run(struct mover_job *job)
     c->ns = daemon_now_ns() - c->begin_ns;
 }
 
-static void carried(struct courier_job *carry)
+static void carried(void *context, struct courier_job *const *jobs, uint32_t count)
 {
-    struct copy_job *c = PKV_CONTAINER_OF(carry, struct copy_job, carry);
-    c->err = carry->err;
-    mover_submit(&c->daemon->copies, &c->job);
+    struct daemon *d = context;
+    struct mover_queue list = {NULL, NULL, 0};
+    for (uint32_t i = 0; i < count; i++) {
+        struct copy_job *c = PKV_CONTAINER_OF(jobs[i], struct copy_job, carry);
+        c->err = c->carry.err;
+        mover_queue_push(&list, &c->job);
+    }
+    mover_submit_list(&d->copies, &list);
 }
 
 static void done(struct mover_job *job)
@@ -90,8 +95,7 @@ void copies_act(struct daemon *d, const struct core_action *a)
     c->carry = (struct courier_job){.direction = !target   ? GPU_TO_HOST
                                                  : !source ? GPU_TO_DEVICE
                                                            : GPU_ON_DEVICE,
-                                    .copy = {.to = c->to, .from = c->from, .bytes = c->bytes},
-                                    .carried = carried};
+                                    .copy = {.to = c->to, .from = c->from, .bytes = c->bytes}};
     courier_submit(source ? source : target, &c->carry);
 }
 
@@ -99,7 +103,7 @@ int copies_start(struct daemon *d, uint32_t threads)
 {
     int r = mover_start(&d->copies, PKV_MIN(threads, d->devices.count ? DEVICE_THREADS : HOST_THREADS), d->copies_event);
     for (uint32_t i = 0; i < d->devices.count && !r; i++)
-        r = courier_start(&d->couriers[i], d->devices.device[i], HANG_NS);
+        r = courier_start(&d->couriers[i], d->devices.device[i], HANG_NS, carried, d);
     return r;
 }
 

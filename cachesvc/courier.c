@@ -31,12 +31,11 @@ static bool take(struct courier *c, struct courier_batch *b)
     return !end;
 }
 
-static void hand_back(struct courier_batch *b, int err)
+static void hand_back(struct courier *c, struct courier_batch *b, int err)
 {
-    for (uint32_t i = 0; i < b->count; i++) {
+    for (uint32_t i = 0; i < b->count; i++)
         b->jobs[i]->err = err;
-        b->jobs[i]->carried(b->jobs[i]);
-    }
+    c->carried(c->context, b->jobs, b->count);
     b->count = 0;
 }
 
@@ -48,7 +47,7 @@ static void finish_oldest(struct courier *c)
         r = c->broken = -PKV_ERR_GPU_LOST;
     c->oldest = (c->oldest + 1) % COURIER_DEPTH;
     c->under_way--;
-    hand_back(b, r);
+    hand_back(c, b, r);
 }
 
 static void start(struct courier *c, struct courier_batch *b)
@@ -61,7 +60,7 @@ static void start(struct courier *c, struct courier_batch *b)
     if (r == -PKV_ERR_GPU_LOST)
         c->broken = r;
     if (r)
-        hand_back(b, r);
+        hand_back(c, b, r);
     else
         c->under_way++;
 }
@@ -81,9 +80,9 @@ static void *courier_main(void *arg)
     }
 }
 
-int courier_start(struct courier *c, struct gpu_device *device, uint64_t hang_ns)
+int courier_start(struct courier *c, struct gpu_device *device, uint64_t hang_ns, courier_carried *carried, void *context)
 {
-    *c = (struct courier){.device = device, .hang_ns = hang_ns};
+    *c = (struct courier){.device = device, .hang_ns = hang_ns, .carried = carried, .context = context};
     pthread_mutex_init(&c->lock, NULL);
     pthread_cond_init(&c->more, NULL);
     int r = pthread_create(&c->thread, NULL, courier_main, c);

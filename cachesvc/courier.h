@@ -7,14 +7,15 @@
 
 #include <pthread.h>
 
-/* Embedded in the caller's struct; the caller owns it again when `carried` is called, on the courier's thread. */
+/* Embedded in the caller's struct; the caller owns it again when the courier hands it back. */
 struct courier_job {
     enum gpu_direction direction;
     struct gpu_copy copy;
-    int err; /* 0 or -enum pkv_err, before `carried` */
-    void (*carried)(struct courier_job *job);
+    int err; /* 0 or -enum pkv_err, once it is handed back */
     struct courier_job *next;
 };
+/* Jobs that have been carried, or have failed, together; on the courier's thread. */
+typedef void courier_carried(void *context, struct courier_job *const *jobs, uint32_t count);
 
 #define COURIER_BATCH 64u /* jobs of one call */
 #define COURIER_DEPTH 4u  /* calls under way */
@@ -27,6 +28,8 @@ struct courier_batch {
 
 struct courier {
     struct gpu_device *device;
+    courier_carried *carried;
+    void *context;
     pthread_t thread;
     pthread_mutex_t lock; /* of the queue; a leaf */
     pthread_cond_t more;
@@ -39,7 +42,8 @@ struct courier {
 };
 
 /* `hang_ns`: a batch that takes longer means that the device is lost. -errno. */
-int courier_start(struct courier *courier, struct gpu_device *device, uint64_t hang_ns);
+int courier_start(struct courier *courier, struct gpu_device *device, uint64_t hang_ns, courier_carried *carried,
+                  void *context);
 /* Carries, or fails, what was submitted; then ends the thread. Of a courier that never started: nothing. */
 void courier_stop(struct courier *courier);
 void courier_submit(struct courier *courier, struct courier_job *job);

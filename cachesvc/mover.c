@@ -1,10 +1,13 @@
-/* Two queues under one lock, which is held for a few instructions. */
+/* Two queues under one lock, which is held for a few instructions. A thread takes its share of what waits, so that many short
+ * jobs do not fight for the lock. */
 #include "cachesvc/mover.h"
 
 #include <errno.h>
 #include <unistd.h>
 
-static void push(struct mover_queue *q, struct mover_job *job)
+#define SHARE_MAX 8u /* jobs that a thread takes at once */
+
+void mover_queue_push(struct mover_queue *q, struct mover_job *job)
 {
     job->next = NULL;
     if (q->first)
@@ -12,14 +15,34 @@ static void push(struct mover_queue *q, struct mover_job *job)
     else
         q->first = job;
     q->last = job;
+    q->count++;
 }
 
-static struct mover_job *pop(struct mover_queue *q)
+static void append(struct mover_queue *q, const struct mover_queue *more)
 {
-    struct mover_job *job = q->first;
-    if (job)
+    if (!more->first)
+        return;
+    if (q->first)
+        q->last->next = more->first;
+    else
+        q->first = more->first;
+    q->last = more->last;
+    q->count += more->count;
+}
+
+/* From the head: one, or an equal share of what waits. */
+static struct mover_queue share(struct mover *m)
+{
+    struct mover_queue *q = &m->todo, mine = {NULL, NULL, 0};
+    uint32_t want = m->count > 1 ? q->count / (m->count + 1) : 1; /* a lone thread fights with nobody: each answer at once */
+    want = want < 1 ? 1 : want > SHARE_MAX ? SHARE_MAX : want;
+    while (q->first && mine.count < want) {
+        struct mover_job *job = q->first;
         q->first = job->next;
-    return job;
+        q->count--;
+        mover_queue_push(&mine, job);
+    }
+    return mine;
 }
 
 static void *mover_main(void *arg)
@@ -27,18 +50,19 @@ static void *mover_main(void *arg)
     struct mover *m = arg;
     pthread_mutex_lock(&m->lock);
     for (;;) {
-        struct mover_job *job = pop(&m->todo);
-        if (!job && m->stop)
+        struct mover_queue mine = share(m);
+        if (!mine.first && m->stop)
             break;
-        if (!job) {
+        if (!mine.first) {
             pthread_cond_wait(&m->more, &m->lock);
             continue;
         }
         pthread_mutex_unlock(&m->lock);
-        job->run(job);
+        for (struct mover_job *job = mine.first; job; job = job->next)
+            job->run(job);
         pthread_mutex_lock(&m->lock);
-        push(&m->done, job);
-        if (__atomic_fetch_add(&m->done_count, 1, __ATOMIC_ACQ_REL) == 0) {
+        append(&m->done, &mine);
+        if (__atomic_fetch_add(&m->done_count, mine.count, __ATOMIC_ACQ_REL) == 0) {
             uint64_t one = 1;
             ssize_t n = write(m->event, &one, sizeof(one)); /* full only if nobody has reaped 2^64 jobs */
             (void)n;
@@ -78,8 +102,16 @@ void mover_stop(struct mover *m)
 void mover_submit(struct mover *m, struct mover_job *job)
 {
     pthread_mutex_lock(&m->lock);
-    push(&m->todo, job);
+    mover_queue_push(&m->todo, job);
     pthread_cond_signal(&m->more);
+    pthread_mutex_unlock(&m->lock);
+}
+
+void mover_submit_list(struct mover *m, const struct mover_queue *jobs)
+{
+    pthread_mutex_lock(&m->lock);
+    append(&m->todo, jobs);
+    pthread_cond_broadcast(&m->more);
     pthread_mutex_unlock(&m->lock);
 }
 

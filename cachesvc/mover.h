@@ -15,6 +15,7 @@ struct mover_job {
 
 struct mover_queue {
     struct mover_job *first, *last;
+    uint32_t count;
 };
 
 #define MOVER_THREADS_MAX 16u
@@ -34,6 +35,9 @@ int mover_start(struct mover *mover, uint32_t threads, int event);
 /* Finishes what was submitted, then ends the threads. What was not reaped is reaped by the caller. */
 void mover_stop(struct mover *mover);
 void mover_submit(struct mover *mover, struct mover_job *job);
+/* Many at once, linked by `next`: one lock and one wake-up for all. */
+void mover_submit_list(struct mover *mover, const struct mover_queue *jobs);
+void mover_queue_push(struct mover_queue *queue, struct mover_job *job);
 /* Calls done() of every finished job; false if there was none. */
 bool mover_reap(struct mover *mover);
 static inline bool mover_has_done(const struct mover *mover)

@@ -24,11 +24,12 @@ static struct job jobs[JOBS];
 static char from[JOBS][BLOCK], to[JOBS][BLOCK];
 static uint32_t all_back;
 
-static void carried(struct courier_job *job)
+static void carried(void *context, struct courier_job *const *back, uint32_t count)
 {
-    struct job *j = PKV_CONTAINER_OF(job, struct job, job);
-    __atomic_fetch_add(&j->back, 1, __ATOMIC_ACQ_REL);
-    __atomic_fetch_add(&all_back, 1, __ATOMIC_ACQ_REL);
+    assert_ptr_equal(context, &courier);
+    for (uint32_t i = 0; i < count; i++)
+        __atomic_fetch_add(&PKV_CONTAINER_OF(back[i], struct job, job)->back, 1, __ATOMIC_ACQ_REL);
+    __atomic_fetch_add(&all_back, count, __ATOMIC_ACQ_REL);
 }
 
 static int start(void **state)
@@ -40,7 +41,7 @@ static int start(void **state)
     for (uint32_t i = 0; i < JOBS; i++)
         for (uint32_t b = 0; b < BLOCK; b++)
             from[i][b] = (char)(i * 31 + b);
-    return gpu_device_open(0, &device) || courier_start(&courier, device, HANG_NS);
+    return gpu_device_open(0, &device) || courier_start(&courier, device, HANG_NS, carried, &courier);
 }
 
 static int stop(void **state)
@@ -57,8 +58,7 @@ static void submit(uint32_t first, uint32_t count)
     for (uint32_t n = first; n < first + count; n++) {
         uint32_t i = n * 37 % JOBS;
         jobs[n] = (struct job){.job = {.direction = n % 7 ? GPU_TO_HOST : GPU_ON_DEVICE,
-                                       .copy = {(uint64_t)(uintptr_t)to[i], (uint64_t)(uintptr_t)from[i], BLOCK},
-                                       .carried = carried}};
+                                       .copy = {(uint64_t)(uintptr_t)to[i], (uint64_t)(uintptr_t)from[i], BLOCK}}};
         courier_submit(&courier, &jobs[n].job);
     }
 }

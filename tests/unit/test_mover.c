@@ -34,15 +34,23 @@ static void test_all_jobs_come_back(void **state)
 {
     (void)state;
     struct mover mover;
+    struct mover_queue list = {NULL, NULL, 0};
     int event = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), reaped = 0;
     owner = pthread_self();
     assert_int_equal(mover_start(&mover, 3, event), 0);
     assert_false(mover_reap(&mover));
     for (int i = 0; i < JOBS; i++) {
         jobs[i] = (struct job){.job = {.run = run, .done = done}};
-        mover_submit(&mover, &jobs[i].job);
+        if (i < JOBS / 2)
+            mover_submit(&mover, &jobs[i].job);
+        else
+            mover_queue_push(&list, &jobs[i].job);
         if (i % 100 == 0)
             reaped += mover_reap(&mover);
+        if (list.count == 50) {
+            mover_submit_list(&mover, &list);
+            list = (struct mover_queue){NULL, NULL, 0};
+        }
     }
     /* The event says that something is done, so that a loop may sleep. */
     for (int left = JOBS; left;) {
