@@ -68,6 +68,7 @@ static void start(struct courier *c, struct courier_batch *b)
 static void *courier_main(void *arg)
 {
     struct courier *c = arg;
+    pthread_setname_np(pthread_self(), "courier"); /* for top -H */
     for (;;) {
         struct courier_batch *b = &c->batches[(c->oldest + c->under_way) % COURIER_DEPTH];
         if (!take(c, b))

@@ -48,6 +48,7 @@ static struct mover_queue share(struct mover *m)
 static void *mover_main(void *arg)
 {
     struct mover *m = arg;
+    pthread_setname_np(pthread_self(), "mover"); /* for top -H */
     pthread_mutex_lock(&m->lock);
     for (;;) {
         struct mover_queue mine = share(m);

@@ -46,6 +46,7 @@ static double seconds(void)
 static void *main_pins(void *arg)
 {
     struct pins *p = arg;
+    pthread_setname_np(pthread_self(), "pins");
     double begin = seconds();
     int r = 0;
     for (uint32_t c = 0; c < p->count && !r && !__atomic_load_n(&p->stop, __ATOMIC_ACQUIRE); c++) {

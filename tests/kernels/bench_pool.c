@@ -6,6 +6,7 @@
 #include "tests/kernels/device.h"
 #include "tests/kernels/peak.h"
 
+#include <dirent.h>
 #include <time.h>
 
 #define GIB    (1ull << 30)
@@ -98,6 +99,27 @@ static void seal_all(struct pkv *kv, const struct pkv_seq *seq, uint64_t blocks)
     }
 }
 
+/* What each of the daemon's threads has computed so far, in seconds. */
+static void show_threads(const struct test_daemon *d)
+{
+    char path[320], name[64];
+    snprintf(path, sizeof(path), "/proc/%d/task", (int)d->pid);
+    DIR *tasks = opendir(path);
+    for (struct dirent *e = tasks ? readdir(tasks) : NULL; e; e = readdir(tasks)) {
+        unsigned long user = 0, system = 0;
+        snprintf(path, sizeof(path), "/proc/%d/task/%s/stat", (int)d->pid, e->d_name);
+        FILE *f = fopen(path, "r");
+        if (f && fscanf(f, "%*d (%63[^)]) %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %lu %lu", name, &user, &system) == 3 &&
+            user + system > 10)
+            printf("{\"name\": \"thread\", \"thread\": \"%s\", \"user_s\": %.2f, \"system_s\": %.2f}\n", name,
+                   (double)user / 100, (double)system / 100);
+        if (f)
+            fclose(f);
+    }
+    if (tasks)
+        closedir(tasks);
+}
+
 static void bench_home(const struct test_daemon *d, struct pkv *kv, const struct pkv_seq *seq, uint64_t blocks)
 {
     char *from = device_take(BYTES), *to = device_take(256);
@@ -152,7 +174,9 @@ int main(int argc, char **argv)
            ready - begin, pinned - begin, filled - pinned, connected - filled, mapped - connected);
     fflush(stdout);
     pkv_close(second);
+    show_threads(&d);
     bench_home(&d, first, seq, blocks);
+    show_threads(&d);
     pkv_close(first);
     show_log(&d);
     test_daemon_stop(&d);
