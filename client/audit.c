@@ -115,7 +115,9 @@ static bool take(struct audit *a, const struct audit_call *c)
     const struct pkv_geom *g = &a->seq->model->geom;
     uint64_t vectors = (uint64_t)g->q_heads * g->head_dim, first = a->query * vectors;
     struct parts p;
-    if (policy_dense(c->policy, a->length) || seq_layer_tokens(a->seq, a->layer) != a->length || !memory_get(a, g))
+    const struct pkv *kv = a->seq->model->kv;
+    if (policy_dense(c->policy, a->length) || seq_layer_tokens(a->seq, a->layer) != a->length || !memory_get(a, g) ||
+        (kv->served && kv->data_bytes < pkv_geom_block_bytes(g)))
         return false;
     parts_of(a, g, &p);
     memcpy(p.q, (const char *)c->q + first * pkv_dtype_bytes(g->dtype), vectors * pkv_dtype_bytes(g->dtype));
