@@ -24,12 +24,12 @@ static int stop(void **state)
     return 0;
 }
 
-static struct pkv_seq *open_one(struct pkv *kv, const char *name, uint32_t bits, struct pkv_model **ret)
+static struct pkv_seq *open_heads(struct pkv *kv, const char *name, uint32_t bits, uint32_t kv_heads, struct pkv_model **ret)
 {
     struct pkv_model_desc desc = {.size = sizeof(desc),
                                   .layers = 1,
                                   .q_heads = 2,
-                                  .kv_heads = 1,
+                                  .kv_heads = kv_heads,
                                   .head_dim = DIM,
                                   .type = PKV_TYPE_F32,
                                   .sig_bits = bits,
@@ -38,6 +38,11 @@ static struct pkv_seq *open_one(struct pkv *kv, const char *name, uint32_t bits,
     GOOD(kv, pkv_model_open(kv, &desc, ret));
     GOOD(kv, pkv_seq_create(*ret, 4000, 0, name, &seq));
     return seq;
+}
+
+static struct pkv_seq *open_one(struct pkv *kv, const char *name, uint32_t bits, struct pkv_model **ret)
+{
+    return open_heads(kv, name, bits, 1, ret);
 }
 
 static uint64_t total(const char *name)
@@ -127,6 +132,36 @@ static bool said(const char *words)
         found |= strstr(line, words) != NULL;
     fclose(f);
     return found;
+}
+
+/* Two kv heads, one selected well and one badly: each sample is of one of them, and whole. */
+static void test_heads(void **state)
+{
+    (void)state;
+    static float k[2][TOKENS * ONE], v[2][TOKENS * ONE], q[2][2 * ONE], keys[2 * TOKENS * ONE], values[2 * TOKENS * ONE];
+    good_text(k[0], v[0], q[0]), bad_text(k[1], v[1], q[1]);
+    for (int t = 0; t < TOKENS; t++)
+        for (int h = 0; h < 2; h++) {
+            memcpy(&keys[(2 * t + h) * ONE], &k[h][t * ONE], ONE * sizeof(float));
+            memcpy(&values[(2 * t + h) * ONE], &v[h][t * ONE], ONE * sizeof(float));
+        }
+    memcpy(q[0] + ONE, q[1], ONE * sizeof(float));
+    struct pkv *kv = attach(&daemon_, 0);
+    struct pkv_model *model;
+    struct pkv_seq *seq = open_heads(kv, "heads", 64, 2, &model);
+    struct pkv_budget b = budget(100);
+    double mass, error;
+    GOOD(kv, pkv_append(seq, 0, TOKENS, keys, values));
+    GOOD(kv, pkv_audit(seq, 1, 0, q[0], &b, &mass, &error));
+    uint64_t samples = total("samples"), sum = total("sample_error_ppm"), good = total("sample_error_to_1");
+    attend_until(kv, seq, q[0], &b, 24);
+    samples = total("samples") - samples, sum = total("sample_error_ppm") - sum, good = total("sample_error_to_1") - good;
+    assert_true(good > 0 && good < samples);
+    double bad = (double)sum * 1e-6 / (double)(samples - good);
+    print_message("# %llu of %llu samples are of the good head; the other's error is %.4f\n", (unsigned long long)good,
+                  (unsigned long long)samples, bad);
+    assert_true(bad > 1.98 * error && bad < 2.02 * error); /* the mean is of both heads */
+    pkv_close(kv);
 }
 
 static void test_alarm(void **state)
@@ -237,9 +272,8 @@ static void test_refused_calls(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_alarm),
-        cmocka_unit_test(test_samples_equal_audits),
-        cmocka_unit_test(test_cut_under_a_sample),
+        cmocka_unit_test(test_alarm),         cmocka_unit_test(test_samples_equal_audits),
+        cmocka_unit_test(test_heads),         cmocka_unit_test(test_cut_under_a_sample),
         cmocka_unit_test(test_refused_calls),
     };
     return cmocka_run_group_tests(tests, start, stop);
