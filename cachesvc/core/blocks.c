@@ -57,9 +57,9 @@ enum pkv_err block_make(struct core *core, uint32_t seq, uint32_t layer, uint32_
     if (!b->signatures) {
         enum pkv_err e = b->home ? PKV_ERR_POOL_FULL : PKV_ERR_ARENA_FULL;
         if (b->rows)
-            place_retire(core, b->rows);
+            place_put_back(core, b->rows);
         if (b->home)
-            place_retire(core, b->home);
+            place_put_back(core, b->home);
         block_put_back(core, id);
         if (e == PKV_ERR_POOL_FULL)
             make_room(core, &kind);

@@ -120,6 +120,8 @@ struct place_kind {
 };
 bool place_chunk_fits(const struct core *core, const struct place_kind *kind, uint32_t chunk);
 uint64_t place_take(struct core *core, const struct place_kind *kind, uint32_t block);
+/* One that no table has shown: nobody reads it. */
+void place_put_back(struct core *core, uint64_t place);
 void place_retire(struct core *core, uint64_t place);
 void places_quiesce(struct core *core, uint64_t epoch);
 

@@ -117,6 +117,25 @@ void place_retire(struct core *core, uint64_t place)
     core->retired[core->retired_head + core->retired_count++] = (struct retired){place, core->epoch};
 }
 
+static void slot_free(struct core *core, uint64_t place)
+{
+    struct chunk *c = &core->chunks[pkv_place_tier(place)][pkv_place_chunk(place)];
+    uint32_t slot = pkv_place_slot(place);
+    c->owner[slot] = NONE;
+    c->next[slot] = c->free_head;
+    c->free_head = slot;
+    if (!c->used && !c->retired)
+        chunk_release(c);
+}
+
+void place_put_back(struct core *core, uint64_t place)
+{
+    struct chunk *c = &core->chunks[pkv_place_tier(place)][pkv_place_chunk(place)];
+    assert(c->owner[pkv_place_slot(place)] < RETIRED && c->gen[pkv_place_slot(place)] == pkv_place_gen(place));
+    c->used--;
+    slot_free(core, place);
+}
+
 void places_quiesce(struct core *core, uint64_t epoch)
 {
     while (core->retired_count && core->retired[core->retired_head].epoch <= epoch) {
@@ -125,11 +144,7 @@ void places_quiesce(struct core *core, uint64_t epoch)
         struct chunk *c = &core->chunks[pkv_place_tier(place)][pkv_place_chunk(place)];
         uint32_t slot = pkv_place_slot(place);
         assert(c->owner[slot] == RETIRED);
-        c->owner[slot] = NONE;
-        c->next[slot] = c->free_head;
-        c->free_head = slot;
         c->retired--;
-        if (!c->used && !c->retired)
-            chunk_release(c);
+        slot_free(core, place);
     }
 }

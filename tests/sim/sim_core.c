@@ -16,7 +16,7 @@ enum {
     LAYERS = 2,
     BLOCKS = 24,
     CHUNKS = 8,
-    ARENA = 14,
+    ARENA = 8,
     SLOTS = 256,
     COPIES = 4096,
     HELD = 40,
