@@ -23,7 +23,7 @@ static int grant(struct pkv_seq *seq, uint32_t layer, uint64_t tokens)
     return r;
 }
 
-static int seal(struct pkv_seq *seq, uint32_t layer, uint64_t tokens)
+int seq_seal(struct pkv_seq *seq, uint32_t layer, uint64_t tokens)
 {
     uint32_t full = (uint32_t)(tokens / PKV_BLOCK_TOKENS);
     if (full <= seq->sealed[layer])
@@ -101,13 +101,14 @@ int model_learn_keys(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32
     return model_learn(seq, &o);
 }
 
-/* Rows are signed while they are still in the cache, once the scheme has nothing more to learn from them. */
+/* On the CPU rows are signed while they are still in its cache, once the scheme has nothing more to learn from them. */
 static int append_direct(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t tokens, const void *k, const void *v)
 {
     struct pkv_model *m = seq->model;
     struct pkv *kv = m->kv;
     uint32_t first_block = (uint32_t)(first / PKV_BLOCK_TOKENS), blocks = pkv_tokens_blocks(first + tokens);
-    uint32_t step = gpu_scheme_settled(seq->scheme) ? CACHED_BLOCKS * PKV_BLOCK_TOKENS : tokens;
+    bool cached = gpu_scheme_settled(seq->scheme) && !gpu_on_device(kv->gpu);
+    uint32_t step = cached ? CACHED_BLOCKS * PKV_BLOCK_TOKENS : tokens;
     uint64_t bytes = pkv_geom_row_bytes(&m->geom) / 2 * m->geom.kv_heads;
     struct pkv_block_ref *refs = region_refs(kv, blocks);
     if (!refs)
@@ -137,7 +138,7 @@ static int append_piece(struct pkv_seq *seq, uint32_t layer, uint32_t tokens, co
     if (r)
         return r;
     r = (seq->model->kv->served ? served_append : append_direct)(seq, layer, first, tokens, k, v);
-    r = r ? r : seal(seq, layer, first + tokens);
+    r = r ? r : seq_seal(seq, layer, first + tokens);
     if (!r)
         seq->tokens[layer] = first + tokens;
     return r;

@@ -2,7 +2,7 @@
  * memory; the daemon is not asked. Served: the same steps with a mover of the daemon in the middle (served.c). */
 #include "client/internal.h"
 
-static int policy_of(const struct pkv_budget *b, struct gpu_policy *ret)
+int budget_policy(const struct pkv_budget *b, struct gpu_policy *ret)
 {
     if (b->size != sizeof(*b) || b->rule >= PKV_RULES || b->dense > 1)
         return -PKV_ERR_INVALID;
@@ -161,7 +161,7 @@ int pkv_attend(struct pkv_seq *const *seqs, const uint32_t *queries, uint32_t co
     struct gpu_explain e = {0};
     struct gpu_policy policy;
     struct pkv *kv = seqs[0]->model->kv;
-    int r = policy_of(budget, &policy);
+    int r = budget_policy(budget, &policy);
     lse = audit_begin(seqs, queries, count, layer, lse);
     r = r ? r : attend(seqs, queries, count, layer, q, &policy, out, lse, &e);
     if (!r) {
@@ -207,7 +207,7 @@ int pkv_select(struct pkv_seq *seq, uint32_t queries, uint32_t layer, const void
 {
     struct pkv *kv = seq->model->kv;
     struct attend_part part = {.seq = seq, .layer = layer, .q = q};
-    int r = policy_of(budget, &part.policy);
+    int r = budget_policy(budget, &part.policy);
     if (!r && budget->dense)
         r = -PKV_ERR_INVALID;
     r = r ? r : views_of(&seq, &queries, 1, layer, &part.view);
@@ -232,7 +232,7 @@ int pkv_audit(struct pkv_seq *seq, uint32_t queries, uint32_t layer, const void 
     struct gpu_explain ignored = {0};
     uint64_t heads = (uint64_t)PKV_MIN(queries, PKV_QUERIES_MAX) * g->q_heads;
     float *out = malloc(heads * (2ull * g->head_dim + 2) * sizeof(*out));
-    int r = out ? policy_of(budget, &policy) : -PKV_ERR_NO_MEMORY;
+    int r = out ? budget_policy(budget, &policy) : -PKV_ERR_NO_MEMORY;
     if (!r) {
         float *exact = out + heads * g->head_dim, *lse = exact + heads * g->head_dim, *exact_lse = lse + heads;
         dense = policy, dense.dense_below = UINT32_MAX;

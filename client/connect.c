@@ -270,6 +270,7 @@ void pkv_close(struct pkv *kv)
 {
     if (!kv)
         return;
+    batch_close_all(kv);
     while (kv->models) {
         struct pkv_model *m = kv->models;
         while (m->seqs)

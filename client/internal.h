@@ -30,10 +30,11 @@ struct pkv {
     uint64_t *writable;            /* [PKV_CHUNKS_MAX] pool chunks mapped writable */
     uint64_t *arena;               /* [PKV_CHUNKS_MAX] on a device: where this process has the arena's chunks */
     struct gpu_chunk *imported;    /* [PKV_CHUNKS_MAX] on a device: the pool's chunks */
-    uint64_t chunk_bytes;
-    struct gpu_device *device; /* NULL: the host backend */
+    uint64_t chunk_bytes, maps;    /* maps: chunks mapped so far */
+    struct gpu_device *device;     /* NULL: the host backend */
     struct gpu *gpu;
     struct pkv_model *models;
+    struct pkv_batch *batches;
     struct pkv_block_ref *refs; /* scratch, [refs_room] */
     uint64_t refs_room;
     struct audit audit;
@@ -83,6 +84,8 @@ struct pkv_seq {
     uint64_t *tokens;          /* [layers] as this writer counts them */
     uint32_t *granted;         /* [layers] blocks */
     uint32_t *sealed;          /* [layers] blocks */
+    uint64_t cuts;             /* how often tokens were taken back */
+    struct pkv_batch *batch;   /* that it is in, or NULL */
 };
 
 /* connect.c: a request on the socket and its reply. `fd` travels along (-1: none); *ret_fd the one that comes back. */
@@ -143,6 +146,8 @@ int seq_check(const struct pkv_seq *seq, uint32_t layer);
 uint64_t seq_layer_tokens(const struct pkv_seq *seq, uint32_t layer);
 /* Copies the references of blocks [first, last) of a layer to `to` [last], every place mapped. Inside an epoch. */
 int seq_refs(const struct pkv_seq *seq, uint32_t layer, uint32_t first, uint32_t last, struct pkv_block_ref *to);
+/* Places for blocks up to `tokens` in every layer. */
+int seq_reserve(struct pkv_seq *seq, uint64_t tokens);
 /* Truncates one layer or all (PKV_LAYER_ALL), here and at the daemon. */
 int seq_cut(struct pkv_seq *seq, uint32_t layer, uint64_t tokens);
 void seq_claim(const struct pkv_seq *seq);
@@ -151,8 +156,17 @@ void seq_forget(struct pkv_seq *seq);
 /* append.c: shows keys or queries (finite) to a scheme that still learns. What was signed before it learnt is signed again;
  * what it has learnt, once complete, is shared. Outside of an epoch. */
 int model_learn(struct pkv_seq *seq, const struct gpu_observation *observation);
+/* Tells the daemon that the blocks below `tokens` are full and written. */
+int seq_seal(struct pkv_seq *seq, uint32_t layer, uint64_t tokens);
 int seq_sign_again(struct pkv_seq *seq, uint32_t layer);
 int model_learn_keys(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t tokens, const void *k);
+
+/* attend.c */
+int budget_policy(const struct pkv_budget *budget, struct gpu_policy *ret);
+
+/* batch.c: whether a step is open or in flight; looks after those that have ended. */
+bool batch_busy(struct pkv_batch *batch);
+void batch_close_all(struct pkv *kv);
 
 /* One call's queries of one sequence. */
 struct attend_part {

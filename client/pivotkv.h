@@ -161,6 +161,56 @@ PKV_API int pkv_select(struct pkv_seq *seq, uint32_t queries, uint32_t layer, co
 PKV_API int pkv_audit(struct pkv_seq *seq, uint32_t queries, uint32_t layer, const void *q, const struct pkv_budget *budget,
                       double *ret_mass, double *ret_error);
 
+/* ---- decoding in batches: steps in a stream of the caller's ----
+ *
+ *   pkv_batch_open                      once; all memory is taken here
+ *   for each step:
+ *     pkv_batch_begin(batch, stream)    places for the new tokens, lengths and tables to the device; never waits for the device
+ *                                       unless PKV_BATCH_STEPS steps are in flight
+ *     for each layer:
+ *       pkv_batch_append, pkv_batch_attend   launches alone: may be captured into a CUDA graph, once, and replayed
+ *     pkv_batch_end(batch, stream)      behind the step's last launch; the sequences have grown
+ *
+ * On a CUDA daemon `stream` is a CUstream (cudaStream_t) and k, v, q, out, lse are device addresses, read and written when the
+ * stream comes to it: they must stay until then, and for replays their addresses must be the captured ones. On the host backend
+ * the stream is ignored, arrays are the CPU's, calls have done their work when they return, and the bits are those of
+ * pkv_append and pkv_attend. A captured graph replays with whatever lengths and tables the step has that it is launched in.
+ *
+ * While a step is open or in flight its sequences refuse other calls: -EBUSY; pkv_batch_wait ends that. They cannot be closed
+ * while they are in a batch. Batches teach a PKV_CODE nothing: prefill with pkv_append and pkv_attend does. */
+
+struct pkv_batch;
+#define PKV_BATCH_STEPS 7u /* in flight */
+
+struct pkv_batch_options {
+    uint32_t size;        /* sizeof(struct pkv_batch_options) */
+    uint32_t queries;     /* new tokens of each sequence in a step; 0: 1 */
+    uint64_t cache_bytes; /* of GPU memory, for rows that were fetched from the arena; 0: none */
+};
+
+/* Sequences of one model that this worker writes, in the order of the arrays below; `options` may be NULL. Those not longer
+ * than sinks + recent + k, or dense_below, are attended densely. -EOPNOTSUPP: a served connection; a group rule that the GPU
+ * lacks. */
+PKV_API int pkv_batch_open(struct pkv_seq *const *seqs, uint32_t count, const struct pkv_budget *budget,
+                           const struct pkv_batch_options *options, struct pkv_batch **ret);
+/* Waits, with a bound, for the steps in flight. -ETIMEDOUT: they have not ended, and the batch stays. */
+PKV_API int pkv_batch_close(struct pkv_batch *batch);
+/* -EDOM: an earlier step met NaN or infinity: its tokens and those of later steps are taken back. -ENOSPC, -EOVERFLOW as
+ * pkv_append; -ESTALE: a sequence is gone, or its signatures are made in another way now: open the batch again (a captured
+ * graph too). After a failure the step is not open. */
+PKV_API int pkv_batch_begin(struct pkv_batch *batch, void *stream);
+/* k, v [seqs][queries][kv_heads][head_dim] of the step's new tokens, after RoPE. */
+PKV_API int pkv_batch_append(struct pkv_batch *batch, uint32_t layer, const void *k, const void *v, void *stream);
+/* q, out [seqs][queries][q_heads][head_dim], lse [seqs][queries][q_heads] (may be NULL); after the layer's append. */
+PKV_API int pkv_batch_attend(struct pkv_batch *batch, uint32_t layer, const void *q, float *out, float *lse, void *stream);
+PKV_API int pkv_batch_end(struct pkv_batch *batch, void *stream);
+/* Instead of end: the step's tokens do not count. */
+PKV_API int pkv_batch_cancel(struct pkv_batch *batch, void *stream);
+/* Until all steps have ended, with a bound. -EDOM as in begin. */
+PKV_API int pkv_batch_wait(struct pkv_batch *batch);
+/* Rows of the arena that attend chose so far: found in the cache, or fetched. Waits. */
+PKV_API int pkv_batch_rows(struct pkv_batch *batch, uint64_t *ret_cached, uint64_t *ret_fetched);
+
 #ifdef __cplusplus
 }
 #endif

@@ -74,7 +74,7 @@ static int map_chunk(struct pkv *kv, uint32_t tier, uint32_t chunk)
     int fd = -1, r = socket_call(kv, &request, sizeof(request), -1, &reply, &fd);
     if (r)
         return r;
-    kv->chunk_bytes = reply.bytes;
+    kv->chunk_bytes = reply.bytes, kv->maps++;
     if (!kv->device)
         r = map_host(kv, tier, chunk, fd);
     else

@@ -3,6 +3,8 @@
 
 int seq_check(const struct pkv_seq *seq, uint32_t layer)
 {
+    if (seq->batch && batch_busy(seq->batch))
+        return -PKV_ERR_BUSY;
     if (layer >= seq->model->geom.layers)
         return -PKV_ERR_INVALID;
     if (!seq->writer && pkv_load64(&seq->table->seq) != seq->handle)
@@ -109,6 +111,7 @@ int seq_cut(struct pkv_seq *seq, uint32_t layer, uint64_t tokens)
     struct pkv_submission s = {.op = PKV_OP_TRUNCATE, .layer = (uint16_t)layer, .seq = seq->handle};
     s.u.truncate = (struct pkv_op_truncate){.tokens = tokens};
     audit_forget(seq);
+    seq->cuts++;
     int r = ring_call(seq->model->kv, &s, NULL);
     uint32_t first = layer == PKV_LAYER_ALL ? 0 : layer, last = layer == PKV_LAYER_ALL ? seq->model->geom.layers : layer + 1;
     /* Without room for the tail's copy, whole blocks have gone and the tail is as it was. */
@@ -180,7 +183,9 @@ static int leave(struct pkv_seq *seq, uint8_t op)
 {
     struct pkv *kv = seq->model->kv;
     struct pkv_submission s = {.op = op, .seq = seq->handle};
-    int r = ring_call(kv, &s, NULL);
+    int r = seq->batch ? -PKV_ERR_BUSY : ring_call(kv, &s, NULL);
+    if (r == -PKV_ERR_BUSY)
+        return kv_done(kv, r);
     if (r == -PKV_ERR_NOT_WRITER)
         return kv_done(kv, r);
     seq_forget(seq);
@@ -238,19 +243,22 @@ int pkv_seq_truncate(struct pkv_seq *seq, uint64_t tokens)
     return kv_done(seq->model->kv, r ? r : seq_cut(seq, PKV_LAYER_ALL, tokens));
 }
 
+/* Places for all layers up to `tokens`, and this side's count of them. */
+int seq_reserve(struct pkv_seq *seq, uint64_t tokens)
+{
+    struct pkv_submission s = {.op = PKV_OP_GRANT, .layer = PKV_LAYER_ALL, .seq = seq->handle};
+    s.u.grant.tokens = tokens;
+    int r = tokens > seq->max_tokens ? -PKV_ERR_LENGTH : ring_call(seq->model->kv, &s, NULL);
+    for (uint32_t l = 0; !r && l < seq->model->geom.layers; l++)
+        seq->granted[l] = PKV_MAX(seq->granted[l], pkv_tokens_blocks(tokens));
+    return r;
+}
+
 int pkv_seq_reserve(struct pkv_seq *seq, uint32_t tokens)
 {
-    struct pkv *kv = seq->model->kv;
     uint64_t most = 0;
     int r = !seq->writer ? -PKV_ERR_NOT_WRITER : seq_check(seq, 0);
     for (uint32_t l = 0; l < seq->model->geom.layers; l++)
         most = PKV_MAX(most, seq->tokens[l]);
-    if (!r && most + tokens > seq->max_tokens)
-        r = -PKV_ERR_LENGTH;
-    struct pkv_submission s = {.op = PKV_OP_GRANT, .layer = PKV_LAYER_ALL, .seq = seq->handle};
-    s.u.grant.tokens = most + tokens;
-    r = r ? r : ring_call(kv, &s, NULL);
-    for (uint32_t l = 0; !r && l < seq->model->geom.layers; l++)
-        seq->granted[l] = PKV_MAX(seq->granted[l], pkv_tokens_blocks(most + tokens));
-    return kv_done(kv, r);
+    return kv_done(seq->model->kv, r ? r : seq_reserve(seq, most + tokens));
 }

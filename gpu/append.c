@@ -111,13 +111,6 @@ static void sign_block(void *context, uint64_t i, uint32_t thread)
     }
 }
 
-int host_sign(struct gpu *gpu, const struct gpu_sign_args *a)
-{
-    struct sign p = {gpu, a};
-    gpu_team_run(&gpu->team, sign_block, &p, blocks_of(a->first_token, a->tokens));
-    return 0;
-}
-
 int gpu_sign(struct gpu *gpu, const struct gpu_sign_args *a)
 {
     int r = check_append(a->geom, &a->space, a->blocks, a->first_token, a->tokens, true);
@@ -125,9 +118,11 @@ int gpu_sign(struct gpu *gpu, const struct gpu_sign_args *a)
         return r;
     if (a->layer >= a->geom->layers)
         return -PKV_ERR_INVALID;
-    if (!gpu->backend)
-        return host_sign(gpu, a);
-    return a->scheme->kind == PKV_SCHEME_HASH ? staged_sign(gpu, a) : gpu->backend->sign(gpu->device, a);
+    if (gpu->backend)
+        return gpu->backend->sign(gpu->device, a);
+    struct sign p = {gpu, a};
+    gpu_team_run(&gpu->team, sign_block, &p, blocks_of(a->first_token, a->tokens));
+    return 0;
 }
 
 int gpu_put_signatures(struct gpu *gpu, const struct gpu_signatures_args *a)

@@ -110,6 +110,11 @@ void gpu_close(struct gpu *gpu)
     free(gpu);
 }
 
+bool gpu_on_device(const struct gpu *gpu)
+{
+    return gpu->backend != NULL;
+}
+
 const char *gpu_describe(const struct gpu *gpu)
 {
     return gpu->description;

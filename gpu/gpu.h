@@ -31,6 +31,7 @@ struct gpu_options {
 
 int gpu_open(const struct gpu_options *options, struct gpu **ret);
 void gpu_close(struct gpu *gpu);
+bool gpu_on_device(const struct gpu *gpu);       /* places are a device's */
 const char *gpu_describe(const struct gpu *gpu); /* "host avx512, 2 threads" */
 
 /* Where chunks are mapped in this process. */
@@ -223,7 +224,8 @@ struct gpu_observation {
 };
 /* True: the layer's state changed, and blocks signed before must be signed again. */
 bool gpu_scheme_observe(struct gpu_scheme *scheme, const struct gpu_observation *observation);
-bool gpu_scheme_settled(const struct gpu_scheme *scheme); /* no layer will change any more */
+uint64_t gpu_scheme_version(const struct gpu_scheme *scheme); /* another one after every change of what it signs */
+bool gpu_scheme_settled(const struct gpu_scheme *scheme);     /* no layer will change any more */
 
 /* A `code` that is learnt beside the serving path: from now on observe only gathers, until there is enough of all layers; solve
  * takes a second or two for a large model, on any thread while nobody else uses the scheme. -PKV_ERR_NOT_FINITE: nothing can be

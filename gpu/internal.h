@@ -62,14 +62,14 @@ static inline const char *gpu_place(const struct gpu_space *space, uint64_t plac
     return (const char *)(uintptr_t)pkv_place_address(base, place, slot_bytes);
 }
 
-/* append.c, select.c, attend.c, scheme.c: on the CPU, over memory that it can read. Arguments have been checked. */
-int host_sign(struct gpu *gpu, const struct gpu_sign_args *args);
+/* select.c, attend.c: on the CPU, over memory that it can read. Arguments have been checked. */
 int host_select(struct gpu *gpu, const struct gpu_select_args *args, const struct gpu_rows *ret_rows);
 int host_attend_rows(struct gpu *gpu, const struct gpu_select_args *args, const struct gpu_rows *rows, const void *gathered,
                      float *ret_out, float *ret_lse);
 
+int gpu_check_policy(const struct pkv_geom *geom, const struct gpu_policy *policy, uint32_t seqs, const struct gpu_view *views);
+
 /* staged.c: the same on a device's memory, by bringing what they read to the CPU. For what the device's kernels lack; slow. */
-int staged_sign(struct gpu *gpu, const struct gpu_sign_args *args);
 int staged_select(struct gpu *gpu, const struct gpu_select_args *args, const struct gpu_rows *ret_rows);
 int staged_attend_rows(struct gpu *gpu, const struct gpu_select_args *args, const struct gpu_rows *rows, float *ret_out,
                        float *ret_lse);

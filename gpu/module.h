@@ -5,6 +5,7 @@
 #ifndef GPU_MODULE_H
 #define GPU_MODULE_H
 
+#include "gpu/batch.h"
 #include "gpu/device.h"
 #include "gpu/gpu.h"
 
@@ -39,15 +40,31 @@ struct gpu_backend {
     int (*open)(struct gpu_device *device, void **ret);
     void (*close)(void *backend);
     int (*append)(void *backend, const struct gpu_append_args *args);
-    int (*sign)(void *backend, const struct gpu_sign_args *args); /* any scheme but `hash` */
+    int (*sign)(void *backend, const struct gpu_sign_args *args);
     int (*put_signatures)(void *backend, const struct gpu_signatures_args *args);
     int (*read)(void *backend, const struct gpu_read_args *args);
     /* The softmax rule, every query with more tokens than its list holds. */
     int (*select)(void *backend, const struct gpu_select_args *args, const struct gpu_rows *ret_rows);
     int (*gather)(void *backend, const struct gpu_select_args *args, const struct gpu_rows *rows, void *ret);
     int (*dense)(void *backend, const struct gpu_dense_args *args);
-    /* The softmax rule. `weights` and `scales` as gpu_weights makes them, or NULL: by the scheme, which is not `hash` then. */
-    int (*attend)(void *backend, const struct gpu_attend_args *args, const int8_t *weights, const float *scales);
+    /* The softmax rule. */
+    int (*attend)(void *backend, const struct gpu_attend_args *args);
+    /* gpu/batch.h; batch_open NULL: there are none. */
+    int (*batch_open)(void *backend, const struct gpu_batch_options *options, void **ret);
+    void (*batch_close)(void *batch);
+    int (*batch_spaces)(void *batch, const struct gpu_space *readable, const struct gpu_space *writable);
+    int (*batch_forget)(void *batch, uint32_t seq, void *stream);
+    int (*batch_step)(void *batch, uint32_t slot, const uint64_t *tokens, const struct gpu_batch_ref *refs, uint32_t count,
+                      void *stream);
+    int (*batch_append)(void *batch, uint32_t layer, const void *k, const void *v, void *stream);
+    int (*batch_attend)(void *batch, uint32_t layer, const void *q, float *out, float *lse, void *stream);
+    int (*batch_end)(void *batch, uint32_t slot, uint64_t epoch, void *stream);
+    bool (*batch_bad)(void *batch, uint32_t slot);
+    int (*batch_reset)(void *batch);
+    int (*batch_page)(void *batch, void *base, uint64_t *ret_address);
+    bool (*batch_captures)(void *batch, void *stream);
+    int (*batch_check)(void *batch);
+    int (*batch_counters)(void *batch, uint64_t *ret_hits, uint64_t *ret_misses);
 };
 
 struct gpu_module {

@@ -185,6 +185,7 @@ int gpu_scheme_solve(struct gpu_scheme *s)
     }
     openblas_set_num_threads(threads);
     scheme_moments_free(s);
+    scheme_changed(s);
     return all ? 0 : -PKV_ERR_NOT_FINITE;
 }
 

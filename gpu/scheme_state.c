@@ -28,6 +28,11 @@ static bool settled_layer(const struct gpu_scheme *s, uint32_t layer)
     return s->learnt[layer] && s->moments->ended[layer];
 }
 
+uint64_t gpu_scheme_version(const struct gpu_scheme *s)
+{
+    return s->version;
+}
+
 bool gpu_scheme_settled(const struct gpu_scheme *s)
 {
     for (uint32_t l = 0; s->learnt && l < s->geom.layers; l++)

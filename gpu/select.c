@@ -221,17 +221,17 @@ static void select_one(void *context, uint64_t item, uint32_t thread)
     __atomic_fetch_add(&s->select_ns, gpu_now_ns() - scanned, __ATOMIC_RELAXED);
 }
 
-static int check_policy(const struct gpu_select_args *a)
+int gpu_check_policy(const struct pkv_geom *geom, const struct gpu_policy *policy, uint32_t seqs, const struct gpu_view *views)
 {
-    for (uint32_t s = 0; s < a->seqs; s++) {
-        struct pkv_select_args wire = {.tokens = a->views[s].tokens,
-                                       .queries = a->views[s].queries,
-                                       .k = a->policy.k,
-                                       .top_p = a->policy.top_p,
-                                       .scale = gpu_scale(a->policy.scale, a->geom),
-                                       .sinks = a->policy.sinks,
-                                       .recent = a->policy.recent,
-                                       .rule = a->policy.rule};
+    for (uint32_t s = 0; s < seqs; s++) {
+        struct pkv_select_args wire = {.tokens = views[s].tokens,
+                                       .queries = views[s].queries,
+                                       .k = policy->k,
+                                       .top_p = policy->top_p,
+                                       .scale = gpu_scale(policy->scale, geom),
+                                       .sinks = policy->sinks,
+                                       .recent = policy->recent,
+                                       .rule = policy->rule};
         enum pkv_err e = pkv_check_select(&wire);
         if (e != PKV_ERR_OK)
             return -(int)e;
@@ -266,7 +266,7 @@ int gpu_select(struct gpu *gpu, const struct gpu_select_args *a, const struct gp
 {
     int r = gpu_check_views(gpu, a->geom, &a->space, a->seqs, a->views, a->q, true);
     if (!r)
-        r = check_policy(a);
+        r = gpu_check_policy(a->geom, &a->policy, a->seqs, a->views);
     if (r)
         return r;
     if (rows->rows_max < a->policy.sinks + a->policy.recent + a->policy.k)

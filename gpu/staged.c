@@ -1,7 +1,6 @@
 /* What the device's kernels lack, on the CPU: the blocks are brought to memory of its own, and the host backend works there.
- * For selection rules other than softmax, the scheme `hash`, sequences so short that a list holds all of them. */
-#include "gpu/module.h"
-#include "gpu/scheme.h"
+ * For selection rules other than softmax, and sequences so short that a list holds all of them. */
+#include "gpu/internal.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -90,27 +89,4 @@ void gpu_signatures_list(const struct pkv_geom *g, const void *blocks, uint32_t 
             for (uint32_t w = 0; w < pkv_geom_words(g); w++, to += 4)
                 memcpy(to, block + 4ull * pkv_geom_sig_index(g, h, t % PKV_BLOCK_TOKENS, w), 4);
     }
-}
-
-int staged_sign(struct gpu *gpu, const struct gpu_sign_args *a)
-{
-    const struct pkv_geom *g = a->geom;
-    struct staged s;
-    uint32_t first = (uint32_t)(a->first_token % PKV_BLOCK_TOKENS);
-    struct gpu_view view = {.blocks = a->blocks + a->first_token / PKV_BLOCK_TOKENS, .tokens = (uint64_t)first + a->tokens};
-    char *signatures = malloc((uint64_t)a->tokens * g->kv_heads * pkv_geom_words(g) * 4);
-    int r = signatures ? staged_open(gpu, g, &a->space, &view, 1, &s) : -PKV_ERR_NO_MEMORY;
-    if (r) {
-        free(signatures);
-        return r;
-    }
-    struct gpu_sign_args here = *a;
-    here.space = staged_space(&s), here.blocks = s.refs, here.first_token = first;
-    r = host_sign(gpu, &here);
-    gpu_signatures_list(g, (const void *)(uintptr_t)s.base[1], first, a->tokens, signatures);
-    struct gpu_signatures_args put = {g, a->space, a->blocks, a->first_token, a->tokens, signatures};
-    r = r ? r : gpu_put_signatures(gpu, &put);
-    staged_close(&s);
-    free(signatures);
-    return r;
 }

@@ -1,7 +1,7 @@
 /* The whole attend of direct mode: weights, selection, attention. Apart from its pieces, because weights bring the schemes
  * along, and those a linear-algebra library, which a daemon that only selects has no use for. */
+#include "gpu/internal.h"
 #include "gpu/module.h"
-#include "gpu/scheme.h"
 
 static bool dense_view(const struct gpu_policy *p, uint64_t tokens)
 {
@@ -56,20 +56,10 @@ static int attend_sparse(struct gpu *gpu, const struct gpu_attend_args *a, const
     return r ? r : gpu_attend_rows(gpu, &select, &rows, NULL, out, lse);
 }
 
-/* On a device: one call for all, the weights by the CPU where the device cannot make them. */
 static int attend_device(struct gpu *gpu, const struct gpu_attend_args *a)
 {
-    uint32_t queries = gpu_queries(a->views, a->seqs);
-    uint64_t heads = (uint64_t)queries * a->geom->q_heads;
-    if (a->scheme->kind != PKV_SCHEME_HASH)
-        return gpu->backend->attend(gpu->device, a, NULL, NULL);
-    int8_t *weights = gpu_buffer_get(&gpu->shared[GPU_SHARED_WEIGHTS], heads * a->geom->sig_bits);
-    float *scales = gpu_buffer_get(&gpu->shared[GPU_SHARED_SCALES], heads * sizeof(float));
-    if (!weights || !scales)
-        return -PKV_ERR_NO_MEMORY;
-    struct gpu_weights_args sign = {a->geom, a->scheme, a->layer, queries, a->policy.scale, a->q, weights, scales};
-    int r = gpu_weights(gpu, &sign);
-    return r ? r : gpu->backend->attend(gpu->device, a, weights, scales);
+    int r = gpu_check_policy(a->geom, &a->policy, a->seqs, a->views);
+    return r ? r : gpu->backend->attend(gpu->device, a);
 }
 
 /* Neighbours that a device attends in one call. */

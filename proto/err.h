@@ -59,6 +59,7 @@
     X(UNSUPPORTED, EOPNOTSUPP, "this build or backend cannot do that")                                                       \
     X(SERVED_ONLY, EOPNOTSUPP, "the call needs the pool mapped: connect without PKV_CONNECT_SERVED")                         \
     X(BUSY, EBUSY, "the sequence has an operation in flight, or is shared: wait for it, or fork")                            \
+    X(BATCH_STALE, ESTALE, "signatures of the batch's sequences are made in another way now: close it, open it again")       \
     X(NO_MEMORY, ENOMEM, "out of memory on this side")                                                                       \
     X(SYSTEM, EIO, "a system call failed; the daemon's log names it")                                                        \
     X(GPU_MODULE, ENOPKG, "libpivotkv-cuda.so was not found, or is of another release: see `pivotkv doctor`")                \

@@ -1,6 +1,7 @@
 /* The CUDA backend: its memory, its stream, its waits. */
 #include "gpu/cuda/backend.h"
 #include "gpu/cuda/rows.h"
+#include "gpu/cuda/steps.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -94,6 +95,12 @@ int area_send(struct backend *b, struct area *a)
 
 /* ---- what stays on the device between calls ---- */
 
+/* A plain copy from pageable memory returns before it has arrived, and our stream does not wait for it. */
+static int arrived(struct backend *b, cudaError_t e)
+{
+    return backend_error(b, e != cudaSuccess ? e : cudaStreamSynchronize(cudaStreamLegacy));
+}
+
 static bool same_bases(const struct base_copy *c, const struct gpu_space *space)
 {
     bool same = c->used;
@@ -120,7 +127,7 @@ int backend_bases(struct backend *b, const struct gpu_space *space, const uint64
     }
     c->used = ++b->calls;
     /* The stream is idle between calls: nothing reads what is replaced. */
-    return same ? 0 : backend_error(b, cudaMemcpy(c->device, c->host, 2 * BASES * sizeof(uint64_t), cudaMemcpyHostToDevice));
+    return same ? 0 : arrived(b, cudaMemcpy(c->device, c->host, 2 * BASES * sizeof(uint64_t), cudaMemcpyHostToDevice));
 }
 
 int backend_scheme(struct backend *b, const struct gpu_scheme *scheme, uint32_t layer, struct cuda_scheme *ret)
@@ -132,7 +139,9 @@ int backend_scheme(struct backend *b, const struct gpu_scheme *scheme, uint32_t 
         cuda_scheme_free(c->memory);
         *c = (struct scheme_copy){0};
         int r = cuda_scheme_upload(scheme, &c->scheme, &c->memory);
+        r = r ? r : arrived(b, cudaSuccess);
         if (r) {
+            cuda_scheme_free(c->memory);
             *c = (struct scheme_copy){0};
             return r == -PKV_ERR_NO_MEMORY ? -PKV_ERR_GPU_MEMORY : r;
         }
@@ -221,7 +230,8 @@ static int backend_fill(struct backend *b)
     e = e == cudaSuccess ? cudaMalloc((void **)&b->bad, sizeof(*b->bad)) : e;
     int r = backend_error(b, e);
     r = r ? r : gpu_cuda_table()->preload();
-    return r ? r : cuda_rows_preload();
+    r = r ? r : cuda_rows_preload();
+    return r ? r : cuda_steps_preload();
 }
 
 static int backend_open(struct gpu_device *device, void **ret)
@@ -255,4 +265,18 @@ const struct gpu_backend gpu_cuda_backend = {
     .gather = backend_gather,
     .dense = backend_dense,
     .attend = backend_attend,
+    .batch_open = backend_batch_open,
+    .batch_close = backend_batch_close,
+    .batch_spaces = backend_batch_spaces,
+    .batch_forget = backend_batch_forget,
+    .batch_step = backend_batch_step,
+    .batch_append = backend_batch_append,
+    .batch_attend = backend_batch_attend,
+    .batch_end = backend_batch_end,
+    .batch_bad = backend_batch_bad,
+    .batch_reset = backend_batch_reset,
+    .batch_page = backend_batch_page,
+    .batch_captures = backend_batch_captures,
+    .batch_check = backend_batch_check,
+    .batch_counters = backend_batch_counters,
 };

@@ -49,6 +49,9 @@ struct backend {
     struct scheme_copy schemes[SCHEME_COPIES];
     uint64_t calls;
     uint32_t *bad;
+    void *page; /* of CPU memory, registered for all batches */
+    uint64_t page_address;
+    uint32_t page_users;
 };
 
 /* ---- backend.c ---- */
@@ -88,8 +91,24 @@ int backend_put_signatures(void *backend, const struct gpu_signatures_args *args
 int backend_read(void *backend, const struct gpu_read_args *args);
 int backend_select(void *backend, const struct gpu_select_args *args, const struct gpu_rows *ret_rows);
 int backend_gather(void *backend, const struct gpu_select_args *args, const struct gpu_rows *rows, void *ret);
-int backend_attend(void *backend, const struct gpu_attend_args *args, const int8_t *weights, const float *scales);
+int backend_attend(void *backend, const struct gpu_attend_args *args);
 int backend_dense(void *backend, const struct gpu_dense_args *args);
+
+int backend_batch_open(void *backend, const struct gpu_batch_options *options, void **ret);
+void backend_batch_close(void *batch);
+int backend_batch_spaces(void *batch, const struct gpu_space *readable, const struct gpu_space *writable);
+int backend_batch_forget(void *batch, uint32_t seq, void *stream);
+int backend_batch_step(void *batch, uint32_t slot, const uint64_t *tokens, const struct gpu_batch_ref *refs, uint32_t count,
+                       void *stream);
+int backend_batch_append(void *batch, uint32_t layer, const void *k, const void *v, void *stream);
+int backend_batch_attend(void *batch, uint32_t layer, const void *q, float *out, float *lse, void *stream);
+int backend_batch_end(void *batch, uint32_t slot, uint64_t epoch, void *stream);
+bool backend_batch_bad(void *batch, uint32_t slot);
+int backend_batch_reset(void *batch);
+int backend_batch_page(void *batch, void *base, uint64_t *ret_address);
+bool backend_batch_captures(void *batch, void *stream);
+int backend_batch_check(void *batch);
+int backend_batch_counters(void *batch, uint64_t *ret_hits, uint64_t *ret_misses);
 
 extern const struct gpu_backend gpu_cuda_backend;
 

@@ -178,13 +178,12 @@ static void explain_piece(const struct backend *b, const struct piece *p, const 
     e->sign_ns += between(b, 0), e->scan_ns += between(b, 1), e->select_ns += between(b, 2), e->attend_ns += between(b, 3);
 }
 
-static int attend_piece(struct backend *b, const struct gpu_attend_args *args, const int8_t *weights, const float *scales,
-                        struct piece *p)
+static int attend_piece(struct backend *b, const struct gpu_attend_args *args, struct piece *p)
 {
     const struct pkv_geom *g = p->geom;
     struct cuda_attend a;
     uint64_t heads = (uint64_t)p->count * g->q_heads, lists = (uint64_t)p->count * g->kv_heads, numbers = heads * g->head_dim;
-    int r = piece_start(b, p, &args->policy, args->q, weights ? weights_bytes(p) : 0, &a);
+    int r = piece_start(b, p, &args->policy, args->q, 0, &a);
     uint64_t rows = lists * cuda_rows_max(&a.policy) * 4;
     r = r ? r : area_room(b, &b->out, numbers * 4 + heads * 4 + lists * 4 + rows + 1024, true, true);
     if (r)
@@ -193,7 +192,7 @@ static int attend_piece(struct backend *b, const struct gpu_attend_args *args, c
                          area_take(&b->out, rows)};
     a.layer = args->layer;
     a.out = (float *)(void *)(b->out.device + at.out), a.lse = (float *)(void *)(b->out.device + at.lse);
-    r = weights ? give_weights(b, p, weights, scales, &a) : backend_scheme(b, args->scheme, args->layer, &a.scheme);
+    r = backend_scheme(b, args->scheme, args->layer, &a.scheme);
     r = r ? r : area_send(b, &b->in);
     r = r ? r : lists_launch(b, &a);
     r = r ? r : gpu_cuda_table()->attend(&a, b->stream);
@@ -221,7 +220,7 @@ static uint32_t queries_at_once(const struct pkv_geom *g, const struct gpu_view 
     return (uint32_t)PKV_MIN(PKV_MAX(CODES_BYTES / each, 1ull), QUERIES_MAX);
 }
 
-int backend_attend(void *backend, const struct gpu_attend_args *args, const int8_t *weights, const float *scales)
+int backend_attend(void *backend, const struct gpu_attend_args *args)
 {
     struct backend *b = backend;
     uint32_t total = all_queries(args->views, args->seqs), most = queries_at_once(args->geom, args->views, args->seqs);
@@ -231,7 +230,7 @@ int backend_attend(void *backend, const struct gpu_attend_args *args, const int8
     for (uint32_t at = 0, n; at < total && !r; at += n) {
         n = PKV_MIN(most, total - at);
         struct piece p = {args->geom, &args->space, args->views, args->seqs, at, n, 0, 0};
-        r = attend_piece(b, args, weights, scales, &p);
+        r = attend_piece(b, args, &p);
     }
     return backend_leave(b, r);
 }

@@ -11,6 +11,7 @@ struct fake_faults {
     uint32_t lost_in_copies; /* counts down: the copy that takes it to zero stops half way and loses the device */
     uint32_t copies_fail;    /* counts down: each such call of copy fails, nothing of it is done */
     uint32_t copies_hang;    /* while set, copies do not end */
+    uint32_t steps_hang;     /* while set, streams do not come to the end of a batch's step */
     uint32_t copy_delay_us;  /* before each copy */
     uint32_t refuse_create, refuse_import, refuse_register, refuse_read_only; /* while set */
     uint32_t no_export;                                                       /* the device cannot share memory */

@@ -54,8 +54,27 @@ static void twin_close(struct twin *t)
 
 /* ---- blocks ---- */
 
-static void same_blocks(const struct world *w, const struct twin *t)
+/* The words that differ, the first few by name. */
+static void same_signatures(const struct world *w, const char *a, const char *b)
 {
+    uint32_t differ = 0, words = pkv_geom_words(&w->g);
+    for (uint32_t t = 0; t < w->blocks * 64; t++)
+        for (uint32_t h = 0; h < w->g.kv_heads; h++)
+            for (uint32_t i = 0; i < words; i++) {
+                uint64_t at = t / 64 * pkv_geom_sig_block_bytes(&w->g) + 4ull * pkv_geom_sig_index(&w->g, h, t % 64, i);
+                uint32_t x, y;
+                memcpy(&x, a + at, 4), memcpy(&y, b + at, 4);
+                if (x != y && differ++ < 5)
+                    printf("token %u head %u word %u: %08x on the host, %08x on the device\n", t, h, i, x, y);
+            }
+    if (differ)
+        printf("%u words differ\n", differ);
+    MUST(!differ);
+}
+
+static void same_blocks(const struct world *w, const struct twin *t, const char *when)
+{
+    printf("%s\n", when);
     uint64_t rows = pkv_geom_block_bytes(&w->g), signatures = pkv_geom_sig_block_bytes(&w->g);
     char *a = take(w->blocks * (rows + signatures)), *b = take(w->blocks * (rows + signatures));
     struct gpu_read_args read = {.geom = &w->g,
@@ -67,7 +86,7 @@ static void same_blocks(const struct world *w, const struct twin *t)
     MUST(gpu_read(host, &read) == 0);
     read.space = t->space, read.ret_rows = b, read.ret_signatures = b + w->blocks * rows;
     MUST(gpu_read(cuda, &read) == 0);
-    MUST(!memcmp(a + w->blocks * rows, b + w->blocks * rows, w->blocks * signatures));
+    same_signatures(w, a + w->blocks * rows, b + w->blocks * rows);
     for (uint32_t i = 0; i < w->tokens; i++)
         for (uint32_t h = 0; h < w->g.kv_heads; h++) {
             uint64_t at = i / 64 * rows + pkv_geom_row_offset(&w->g, h, i % 64);
@@ -109,12 +128,12 @@ static void check_blocks(const struct world *w, const struct twin *t, struct gpu
             sign(gpu, space, w, scheme, cut, w->tokens - cut);
         }
     }
-    same_blocks(w, t);
+    same_blocks(w, t, "  appended");
     /* What it learns changes the signatures on both sides alike. */
     gpu_scheme_observe(scheme, &(struct gpu_observation){.layer = 1, .tokens = w->tokens, .context = w->tokens, .k = w->k});
     sign(host, &w->space, w, scheme, 0, w->tokens);
     sign(cuda, &t->space, w, scheme, 0, w->tokens);
-    same_blocks(w, t);
+    same_blocks(w, t, "  learnt");
     /* Signatures from elsewhere, and back again. */
     uint64_t bytes = (uint64_t)w->tokens * w->g.kv_heads * pkv_geom_words(&w->g) * 4;
     char *list = take(bytes);
@@ -124,7 +143,7 @@ static void check_blocks(const struct world *w, const struct twin *t, struct gpu
     uint64_t each = bytes / w->tokens;
     struct gpu_signatures_args put = {&w->g, t->space, w->refs, first, w->tokens - first, list + first * each};
     MUST(gpu_put_signatures(cuda, &put) == 0);
-    same_blocks(w, t);
+    same_blocks(w, t, "  put");
     free(list);
 }
 

@@ -1,0 +1,48 @@
+/* What the files of batches share. */
+#ifndef CLIENT_BATCH_H
+#define CLIENT_BATCH_H
+
+#include "client/internal.h"
+#include "gpu/batch.h"
+
+/* A sequence in a batch, and what the batch's device knows of its tables. */
+struct batch_seq {
+    struct pkv_seq *seq;
+    const struct gpu_scheme *scheme;
+    uint64_t version;           /* of the scheme, when the batch was opened */
+    uint64_t cuts;              /* of the sequence, when the device last heard of it */
+    uint64_t changes;           /* of its table, before `refs` were read */
+    uint32_t known;             /* blocks of each layer in refs; 0: none yet */
+    struct pkv_block_ref *refs; /* [layers][blocks_max] as the device has them */
+};
+
+/* A step that holds slot i of the region's epochs. */
+struct batch_step {
+    bool flying;
+    bool grows;       /* its tokens count */
+    uint64_t number;  /* of steps begun */
+    uint64_t *before; /* [count] lengths */
+};
+
+struct pkv_batch {
+    struct pkv *kv;
+    struct pkv_model *model;
+    struct pkv_batch *next;
+    uint32_t count, queries, slot;
+    bool open;
+    int late; /* -enum pkv_err that was found when nobody asked */
+    uint64_t steps_begun, maps, page;
+    struct batch_seq *seqs;
+    struct batch_step steps[PKV_EPOCH_SLOTS]; /* slot 0 is the calling thread's */
+    struct gpu_batch *gpu;
+    uint64_t *lengths;             /* [count] of the step being begun */
+    struct gpu_batch_ref *entries; /* [entries_room] */
+    uint64_t entries_count, entries_room;
+};
+
+/* batch_tables.c: what is new in the tables of all sequences, for lengths as in batch->lengths; inside the step's epoch. */
+int batch_tables(struct pkv_batch *batch, void *stream);
+/* The device did not get what batch_tables found. */
+void batch_tables_forget(struct pkv_batch *batch);
+
+#endif
