@@ -6,7 +6,7 @@ DEMO_ARGS ?=
 BENCH_ARGS ?= host
 TEST_ARGS ?=
 QUALITY_ARGS ?=
-# no: leave the tests of the engines' adapters out, which need torch (600 MB to fetch).
+# no: leave the tests of the engines' adapters out, which need torch and vLLM (850 MB to fetch).
 ENGINES ?= yes
 
 VENV = $(BUILD)/venv
@@ -26,7 +26,7 @@ build: configure
 venv: configure
 	@.ci/setup venv $(VENV)
 
-# torch and the engines on the CPU, for the adapters' tests and client/examples/generate.py: 600 MB to fetch, 1.6 GB of disk.
+# torch and the engines on the CPU, for the adapters' tests and client/examples/generate.py: 850 MB to fetch, 2.4 GB of disk.
 venv-engines: configure
 	@.ci/setup venv $(BUILD)/venv-engines client/python/requirements-engines.txt
 
