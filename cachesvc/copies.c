@@ -9,8 +9,8 @@
 #include <stdlib.h>
 
 #define HOST_THREADS   4u
-#define DEVICE_THREADS 8u             /* checksums keep up with a link of 55 GB/s */
-#define HANG_NS        10000000000ull /* 16 MiB take a third of a millisecond */
+#define DEVICE_THREADS MOVER_THREADS_MAX /* a link of 55 GB/s wants 8 to 15 for its checksums */
+#define HANG_NS        10000000000ull    /* 16 MiB take a third of a millisecond */
 
 struct copy_job {
     struct mover_job job;

@@ -5,6 +5,9 @@
 #include <errno.h>
 #include <string.h>
 #include <xxhash.h>
+#ifdef PKV_WIDE_XXHASH
+#include <xxh_x86dispatch.h> /* puts functions that look at the CPU in the place of the others */
+#endif
 
 #define PIECE (64u << 10)
 
