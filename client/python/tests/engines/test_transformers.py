@@ -134,6 +134,8 @@ class FullBudgetTest(Fixture):
 
     def test_prefill_in_chunks(self):
         self.assert_equal_tokens(tiny(), prompts([300]), covers(300), prefill_chunk_size=77)
+        # Two chunks of the second row are padding and nothing else.
+        self.assert_equal_tokens(tiny(), prompts([300, 100]), covers(220), prefill_chunk_size=77)
 
     def test_beams_fork(self):
         self.assert_equal_tokens(tiny(), prompts([120, 150]), covers(120), num_beams=3, new=12)
