@@ -148,7 +148,8 @@ int cuda_scheme_upload(const struct gpu_scheme *s, struct cuda_scheme *ret, void
 
 uint32_t cuda_scheme_kind(const struct gpu_scheme *s, uint32_t layer)
 {
-    bool signs_yet = s->verbs == &scheme_learn_verbs && s->learnt[layer] != SCHEME_SOLVED;
+    /* Not by its verbs: they are another address in whoever opened this module. */
+    bool signs_yet = s->kind == PKV_SCHEME_CODE && s->learnt && s->learnt[layer] != SCHEME_SOLVED;
     return signs_yet ? PKV_SCHEME_SIGN : s->kind;
 }
 
