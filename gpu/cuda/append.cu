@@ -98,6 +98,34 @@ static __device__ void sign_mapped(const struct cuda_append &a, uint64_t at, con
     __syncwarp();
 }
 
+/* `hash`: an MLP for each q head of the group, their bits side by side. hidden [2][HASH_WIDTH] is this warp's. */
+#define HASH_WIDTH 1024u
+#define HASH_BYTES (WARPS * 2 * HASH_WIDTH * sizeof(float))
+static __device__ void sign_hashed(const struct cuda_append &a, uint32_t head, const float *key, float *hidden, float *values,
+                                   uint32_t *words, uint32_t lane)
+{
+    const struct pkv_geom &g = a.geom;
+    uint32_t group = pkv_geom_group(&g), each = g.sig_bits / group;
+    if (lane < pkv_geom_words(&g))
+        words[lane] = 0;
+    __syncwarp();
+    for (uint32_t h = 0; h < group; h++) {
+        const float *from = key;
+        for (uint32_t i = 0; i < a.scheme.k_stages; i++) {
+            bool last = i + 1 == a.scheme.k_stages;
+            float *to = last ? values : hidden + i % 2 * HASH_WIDTH;
+            for (uint32_t pair = 0; pair < a.scheme.k[i].out; pair += 2)
+                stage_outputs(a.scheme.k[i], (uint64_t)a.layer * g.q_heads + head * group + h, pair, from, to, last);
+            __syncwarp();
+            from = to;
+        }
+        for (uint32_t b = lane; b < each; b += WARP)
+            if (values[b] > 0)
+                atomicOr(&words[(h * each + b) / 32], 1u << (h * each + b) % 32);
+        __syncwarp();
+    }
+}
+
 /* A row on its way: this lane's pieces of K, then V. */
 template <typename T, uint32_t PER> struct row {
     static constexpr uint32_t HALF = PER * WARP * sizeof(T) / 16, PIECES = (2 * HALF + WARP - 1) / WARP;
@@ -135,6 +163,7 @@ static __device__ __forceinline__ void append_row(const struct cuda_append &a, s
                                                   const struct row<T, PER> &r, const struct constants<PER> &c, char *rows,
                                                   uint32_t *signatures, uint32_t in, uint32_t head)
 {
+    extern __shared__ float hidden[]; /* [WARPS][2][HASH_WIDTH], `hash` alone */
     const struct pkv_geom &g = a.geom;
     uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     uint4 *row = (uint4 *)(rows + pkv_geom_row_offset(&g, head, in));
@@ -167,7 +196,10 @@ static __device__ __forceinline__ void append_row(const struct cuda_append &a, s
         for (uint32_t j = 0; j < PER; j++)
             m->raw[warp][j * WARP + lane] = key[j];
         __syncwarp();
-        sign_mapped(a, (uint64_t)a.layer * g.kv_heads + head, m->raw[warp], m->values[warp], m->words[warp], lane);
+        if (a.scheme.kind == PKV_SCHEME_HASH)
+            sign_hashed(a, head, m->raw[warp], hidden + warp * 2 * HASH_WIDTH, m->values[warp], m->words[warp], lane);
+        else
+            sign_mapped(a, (uint64_t)a.layer * g.kv_heads + head, m->raw[warp], m->values[warp], m->words[warp], lane);
     }
     __syncwarp();
     if (lane < pkv_geom_words(&g))
@@ -225,15 +257,16 @@ template <typename T> static void (*kernel_of(uint32_t head_dim))(const struct c
 
 template <typename T> static int start(const struct cuda_append *a, void *stream)
 {
-    return launch(kernel_of<T>(a->geom.head_dim), dim3(PKV_DIV_UP(a->tokens, CHUNK), a->count), THREADS, 0, *a, stream);
+    size_t shared = a->scheme.kind == PKV_SCHEME_HASH ? HASH_BYTES : 0;
+    return launch(kernel_of<T>(a->geom.head_dim), dim3(PKV_DIV_UP(a->tokens, CHUNK), a->count), THREADS, shared, *a, stream);
 }
 
 template <typename T> static bool preload(void)
 {
-    cudaFuncAttributes f;
     bool loaded = true;
     for (uint32_t dim = 64; dim <= 256; dim += dim == 64 || dim == 96 ? 32 : 128)
-        loaded = loaded && cudaFuncGetAttributes(&f, kernel_of<T>(dim)) == cudaSuccess;
+        loaded = loaded && cudaFuncSetAttribute(kernel_of<T>(dim), cudaFuncAttributeMaxDynamicSharedMemorySize, HASH_BYTES) ==
+                               cudaSuccess;
     return loaded;
 }
 
@@ -244,8 +277,6 @@ extern "C" int cuda_append_preload(void)
 
 extern "C" int cuda_append_launch(const struct cuda_append *a, void *stream)
 {
-    if (a->scheme.kind == PKV_SCHEME_HASH)
-        return -(int)PKV_ERR_UNSUPPORTED;
     if (!a->tokens || !a->count || (a->scheme.kind == CUDA_SCHEME_NONE && !a->k))
         return -(int)PKV_ERR_SHAPE;
     return a->geom.dtype == PKV_F32   ? start<float>(a, stream)

@@ -51,7 +51,7 @@ struct cuda_work {
     float *scales;     /* [queries][q_heads] */
     float *biases;     /* [queries][q_heads] */
     uint16_t *codes;   /* [lists][tokens_max, to a multiple of 64] */
-    uint32_t *counts;  /* [lists][parts][CUDA_COUNTS]: how many tokens of a part have at least this code */
+    uint32_t *counts;  /* [lists][parts or team][CUDA_COUNTS]: how many tokens of a part have at least this code */
     uint32_t *index;   /* [lists][rows_max] ascending */
     uint64_t *address; /* [lists][rows_max] where the row lies; bit 0: in the arena, and to be kept in the row cache */
     uint32_t *chosen;  /* [lists] entries in index */
@@ -144,11 +144,11 @@ static inline int cuda_dense_only(const struct cuda_attend *a)
     return a->tokens_max < a->policy.dense_below || a->tokens_max <= cuda_rows_max(&a->policy);
 }
 
-/* Words of a list in work.words: shares of the biases, the list, shares of the result. */
+/* Words of a list in work.words: shares of the biases, coarse and fine counts, the list, shares of the result. */
 static inline PKV_HD uint64_t cuda_words(const struct cuda_attend *a)
 {
-    uint64_t group = pkv_geom_group(&a->geom);
-    return a->team ? a->team * 3ull * group + cuda_rows_max(&a->policy) + a->team * group * (a->geom.head_dim + 2ull) : 0;
+    uint64_t group = pkv_geom_group(&a->geom), each = 3 * group + 64 + 33 + group * (a->geom.head_dim + 2ull);
+    return a->team ? a->team * each + cuda_rows_max(&a->policy) : 0;
 }
 #define CUDA_GATE 96u
 

@@ -27,14 +27,22 @@ static __device__ __forceinline__ void wait_for_former(void)
 }
 
 template <typename K, typename A>
-static int launch(K kernel, dim3 grid, unsigned threads, size_t shared, const A &args, void *stream, bool early = true)
+static int launch(K kernel, dim3 grid, unsigned threads, size_t shared, const A &args, void *stream, bool early = true,
+                  bool together = false)
 {
     cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute overlap[1] = {};
-    overlap[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap[0].val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2] = {};
+    uint32_t count = 0;
+    if (early) {
+        attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (together) {
+        attributes[count].id = cudaLaunchAttributeCooperative;
+        attributes[count++].val.cooperative = 1;
+    }
     config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared;
-    config.stream = (cudaStream_t)stream, config.attrs = overlap, config.numAttrs = early ? 1 : 0;
+    config.stream = (cudaStream_t)stream, config.attrs = attributes, config.numAttrs = count;
     cudaError_t e = cudaLaunchKernelEx(&config, kernel, args);
     if (e == cudaSuccess)
         return 0;
@@ -94,10 +102,10 @@ static __device__ __forceinline__ struct span span_of(const struct cuda_attend &
 }
 
 /* Blocks [begin, end) of the candidates that a part scans and picks from: contiguous, in the order of the parts. */
-static __device__ __forceinline__ void part_of(const struct cuda_attend &a, const struct span &span, uint32_t part,
-                                               uint32_t *begin, uint32_t *end)
+static __device__ __forceinline__ void part_of(const struct span &span, uint32_t part, uint32_t parts, uint32_t *begin,
+                                               uint32_t *end)
 {
-    uint32_t all = pkv_tokens_blocks(span.last), per = PKV_DIV_UP(all, a.parts);
+    uint32_t all = pkv_tokens_blocks(span.last), per = PKV_DIV_UP(all, parts);
     *begin = min(part * per, all), *end = min(*begin + per, all);
 }
 

@@ -4,142 +4,14 @@
  *   planes   the weights' bits, for the 1-bit tensor cores
  *   biases   minus the log-sum-exp of the exact scores over sinks and recent, plus the mean of exact minus estimated score over
  *            the recent tokens; sums run in another order than the host's */
-#include "gpu/cuda/device.cuh"
-#include "gpu/cuda/scheme.cuh"
+#include "gpu/cuda/weigh.cuh"
 
 #define THREADS 512u
 #define WARPS   (THREADS / WARP)
 
-struct query_shared {
-    float q[PKV_GROUP_MAX][PKV_HEAD_DIM_MAX];        /* as float, unscaled */
-    float real[PKV_GROUP_MAX][2 * PKV_SIG_BITS_MAX]; /* rotated channels, then real weights */
-    uint32_t planes[PKV_GROUP_MAX][8][PKV_SIG_WORDS_MAX];
-    float unit[PKV_GROUP_MAX], scale[PKV_GROUP_MAX];
+struct query_shared : weigh_shared<PKV_GROUP_MAX> {
     float max[WARPS][PKV_GROUP_MAX], sum[WARPS][PKV_GROUP_MAX], shift[WARPS][PKV_GROUP_MAX];
 };
-
-/* ---- transforms; a warp works on one q head ---- */
-
-template <uint32_t PER>
-static __device__ void rotate_query(const struct cuda_attend &a, struct query_shared *m, uint32_t h, uint32_t lane)
-{
-    const struct pkv_geom &g = a.geom;
-    for (uint32_t b = 0; b < a.scheme.bases; b++) {
-        struct rotation<PER> r;
-        float x[PER];
-        rotation_load(r, a.scheme.signs + 2ull * b * g.head_dim, lane);
-#pragma unroll
-        for (uint32_t j = 0; j < PER; j++)
-            x[j] = m->q[h][j * WARP + lane];
-        rotate(x, r);
-#pragma unroll
-        for (uint32_t j = 0; j < PER; j++)
-            m->real[h][b * g.head_dim + j * WARP + lane] = __fmul_rn(x[j], rotation_norm(g.head_dim));
-    }
-}
-
-static __device__ void weigh_sign(const struct cuda_attend &a, struct query_shared *m, uint32_t head, uint32_t h, uint32_t lane)
-{
-    const struct pkv_geom &g = a.geom;
-    switch (g.head_dim) {
-    case 64:
-        rotate_query<2>(a, m, h, lane);
-        break;
-    case 96:
-        rotate_query<3>(a, m, h, lane);
-        break;
-    case 128:
-        rotate_query<4>(a, m, h, lane);
-        break;
-    default:
-        rotate_query<8>(a, m, h, lane);
-    }
-    __syncwarp();
-    const float *deviation = a.scheme.deviation + ((uint64_t)a.layer * g.kv_heads + head) * g.sig_bits;
-    for (uint32_t b = lane; b < g.sig_bits; b += WARP)
-        m->real[h][b] = __fmul_rn(m->real[h][b], deviation[b]);
-    float partial = g.sig_bits < g.head_dim ? (float)g.head_dim / (float)g.sig_bits : 1.0f;
-    if (lane == 0)
-        m->unit[h] =
-            __fdiv_rn(__fmul_rn(__fmul_rn(__fmul_rn(2.0f, a.policy.scale), LOG2E), __fsqrt_rn(partial)), (float)a.scheme.bases);
-}
-
-/* `linear` and `code`: a map of the query, then its values or signs, spread over the bits. */
-static __device__ void weigh_mapped(const struct cuda_attend &a, struct query_shared *m, uint32_t head, uint32_t h,
-                                    uint32_t lane)
-{
-    const struct pkv_geom &g = a.geom;
-    const struct cuda_scheme &s = a.scheme;
-    bool code = s.kind == PKV_SCHEME_CODE;
-    uint64_t at = (uint64_t)a.layer * g.kv_heads + head, own = (uint64_t)a.layer * g.q_heads + head * pkv_geom_group(&g) + h;
-    const struct cuda_map &from = code || s.q_own ? s.q[0] : s.k[0];
-    uint64_t map = !code && s.q_own ? own : at;
-    uint32_t out = code ? s.dims : g.sig_bits;
-    float *values = m->real[h] + PKV_SIG_BITS_MAX;
-    apply_map(from.weight, from.bias, map, out, m->q[h], g.head_dim, values, lane);
-    if (!code) {
-        for (uint32_t b = lane; b < g.sig_bits; b += WARP)
-            m->real[h][b] = s.q_signs ? (values[b] > 0 ? 1.0f : -1.0f) : values[b];
-    } else {
-        for (uint32_t i = lane, bit = 0; i < PKV_ALIGN_UP(s.dims, WARP); i += WARP) {
-            struct code_dim d = code_dim_of(s, at, i, lane, &bit);
-            float each = d.bits ? __fmul_rn(values[i], s.step[at * s.dims + i]) : 0.0f;
-            for (uint32_t p = 0; p < d.bits; p++)
-                m->real[h][d.first + p] = __fmul_rn(each, (float)(1u << p));
-        }
-        __syncwarp();
-    }
-    if (lane == 0)
-        m->unit[h] = code        ? __fmul_rn(__fmul_rn(s.unit, a.policy.scale), LOG2E)
-                     : s.q_signs ? s.unit
-                                 : __fmul_rn(s.unit, __fmul_rn(__fmul_rn(2.0f, a.policy.scale), LOG2E));
-}
-
-static __device__ __forceinline__ void write_planes(const struct cuda_attend &a, struct query_shared *m, uint64_t q_head,
-                                                    uint32_t h, uint32_t w, int weight, uint32_t lane)
-{
-#pragma unroll
-    for (uint32_t p = 0; p < 8; p++) {
-        uint32_t plane = __ballot_sync(ALL_LANES, weight >> p & 1);
-        if (lane == 0) {
-            m->planes[h][p][w] = plane;
-            a.work.planes[((q_head + h) * 8 + p) * pkv_geom_words(&a.geom) + w] = plane;
-        }
-    }
-}
-
-/* The caller has weighed. */
-static __device__ void take_weights(const struct cuda_attend &a, struct query_shared *m, uint64_t q_head, uint32_t h,
-                                    uint32_t lane)
-{
-    const int8_t *weights = a.work.weights + (q_head + h) * a.geom.sig_bits;
-    for (uint32_t w = 0; w < pkv_geom_words(&a.geom); w++)
-        write_planes(a, m, q_head, h, w, weights[w * 32 + lane], lane);
-    if (lane == 0)
-        m->scale[h] = a.work.scales[q_head + h];
-}
-
-static __device__ void quantize(const struct cuda_attend &a, struct query_shared *m, uint64_t q_head, uint32_t h, uint32_t lane)
-{
-    uint32_t bits = a.geom.sig_bits, words = bits / 32;
-    float most = 0;
-    for (uint32_t b = lane; b < bits; b += WARP)
-        most = fmaxf(most, fabsf(m->real[h][b]));
-    for (uint32_t s = 16; s; s /= 2)
-        most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, s));
-    most = isfinite(most) ? most : 0.0f;
-    float step = a.scheme.q_signs ? 1.0f : most > 0 ? __fdiv_rn(127.0f, most) : 0.0f;
-    float scale = step > 0 ? __fdiv_rn(m->unit[h], step) : 0.0f;
-    for (uint32_t w = 0; w < words; w++) {
-        int weight = step > 0 ? __float2int_rn(__fmul_rn(m->real[h][w * 32 + lane], step)) : 0;
-        a.work.weights[(q_head + h) * bits + w * 32 + lane] = (int8_t)weight;
-        write_planes(a, m, q_head, h, w, weight, lane);
-    }
-    if (lane == 0) {
-        m->scale[h] = scale;
-        a.work.scales[q_head + h] = scale;
-    }
-}
 
 /* ---- biases: tiles of rows; exact scores by groups of 16 lanes, estimates by one thread each ---- */
 
@@ -356,20 +228,12 @@ template <typename T> __global__ void __launch_bounds__(THREADS) query_kernel(co
     for (uint32_t i = threadIdx.x; i < WARPS * PKV_GROUP_MAX; i += THREADS)
         m->max[0][i] = NOTHING, m->sum[0][i] = 0, m->shift[0][i] = 0;
     tile_addresses(a, t, head, span, blocks_of(a, query), 0, rows);
+    m->write = 1;
     __syncthreads();
     /* Some warps weigh while the others look at the rows. */
-    for (uint32_t h = warp; h < group && warp < busy; h += busy) {
-        if (a.weighed) {
-            take_weights(a, m, q_head, h, lane);
-            continue;
-        }
-        if (a.scheme.kind == PKV_SCHEME_SIGN)
-            weigh_sign(a, m, head, h, lane);
-        else
-            weigh_mapped(a, m, head, h, lane);
-        __syncwarp();
-        quantize(a, m, q_head, h, lane);
-    }
+    apply_maps(a, m, head);
+    for (uint32_t h = warp; h < group && warp < busy; h += busy)
+        weigh_head<0>(a, m, head, q_head, h, lane);
     if (rows)
         tile_scores<T>(a, m, t, rows, busy);
     write_biases<T>(a, m, t, head, q_head, span);
@@ -398,7 +262,7 @@ extern "C" int cuda_query_preload(void)
 
 extern "C" int cuda_query_launch(const struct cuda_attend *a, void *stream)
 {
-    if ((a->scheme.kind == PKV_SCHEME_HASH && !a->weighed) || a->policy.rule != PKV_RULE_SOFTMAX)
+    if (a->policy.rule != PKV_RULE_SOFTMAX)
         return -(int)PKV_ERR_UNSUPPORTED;
     return a->geom.dtype == PKV_F32   ? start<float>(a, stream)
            : a->geom.dtype == PKV_F16 ? start<__half>(a, stream)

@@ -1,125 +1,13 @@
-/* Scan: a code for each token of a list, and how many tokens of each part have at least each code.
- *
- * 1-bit tensor cores: mma m16n8k128 counts the bits that a signature has in common with a bit plane of the weights. Tokens are
- * rows (a lane's 16-byte load holds one word of four tokens: the layout of geom.h is the fragment), columns are four q heads x
- * two planes, so four products of a set of four heads give every lane the score of one head for four tokens. A count is at most
- * 256: read as the bits of a float it is a denormal, count x 2^-149, and one chain of fused multiply-adds turns the planes'
- * counts into the exact integer score without a conversion. Rows of the code are the sum of 2^score over heads: a quad of lanes
- * adds them up. */
-#include "gpu/cuda/device.cuh"
+/* Scan: a code for each token of a list, and how many tokens of each part have at least each code. */
+#include "gpu/cuda/code.cuh"
 
-#define THREADS    512u
-#define WARPS      (THREADS / WARP)
-#define CODE_LEAST __uint_as_float((GPU_CODE_BASE + 1u) << 18)
-#define CODE_MOST  __uint_as_float((GPU_CODE_BASE + GPU_CODE_SOFTMAX_MAX + 0u) << 18)
-#define UNIT_INV   0x1p49f /* score() returns integers times its inverse */
+#define THREADS 512u
+#define WARPS   (THREADS / WARP)
 
 struct scan_shared {
     uint32_t counts[2048 + 8];
     uint32_t warp_sums[WARPS];
 };
-
-/* D = popc(A and B), A 16 tokens x 128 bits, B 128 bits x 8 columns. */
-static __device__ __forceinline__ void common_bits(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b, const int (&c)[4])
-{
-    asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3},{%4,%5},{%6},{%7,%8,%9,%10};"
-        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-        : "r"(a0), "r"(a1), "r"(b), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
-}
-
-static __device__ __forceinline__ uint4 load_once(const uint4 *p)
-{
-    uint4 v;
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
-}
-
-/* Planes of the four heads of a set, as this lane's part of B: column = lane / 4 = 2 x head + parity, product m has planes 2m
- * and 2m + 1, words lane % 4 of each step. Heads beyond the group are zero. */
-template <uint32_t SETS, uint32_t K> struct planes {
-    uint32_t b[SETS][4][K];
-    float scale[SETS], bias[SETS]; /* scale: of what score() returns */
-};
-
-template <uint32_t SETS, uint32_t K>
-static __device__ __forceinline__ void load_planes(const struct cuda_attend &a, uint64_t q_head, uint32_t lane,
-                                                   struct planes<SETS, K> &p)
-{
-    uint32_t group = pkv_geom_group(&a.geom), words = pkv_geom_words(&a.geom);
-#pragma unroll
-    for (uint32_t set = 0; set < SETS; set++) {
-        uint32_t h = set * 4 + lane / 8, mine = set * 4 + lane % 4;
-#pragma unroll
-        for (uint32_t m = 0; m < 4; m++)
-#pragma unroll
-            for (uint32_t k = 0; k < K; k++) {
-                uint32_t w = k * 4 + lane % 4, plane = 2 * m + lane / 4 % 2;
-                p.b[set][m][k] = h < group && w < words ? a.work.planes[((q_head + h) * 8 + plane) * words + w] : 0;
-            }
-        bool there = mine < group;
-        p.scale[set] = there ? a.work.scales[q_head + mine] * UNIT_INV : 0.0f;
-        p.bias[set] = there ? a.work.biases[q_head + mine] : NOTHING;
-    }
-}
-
-/* Scores of one head (set x 4 + lane % 4) for four tokens, exact integers as floats times 2^-49. */
-template <uint32_t K>
-static __device__ __forceinline__ void score(const uint4 (&s)[K], const uint32_t (&b)[4][K], float (&v)[4])
-{
-    const float one = 0x1p100f; /* a count is count x 2^-149 */
-#pragma unroll
-    for (uint32_t half = 0; half < 2; half++) {
-        int d[4][4];
-#pragma unroll
-        for (uint32_t m = 0; m < 4; m++) {
-            const int zero[4] = {0, 0, 0, 0};
-            common_bits(d[m], half ? s[0].z : s[0].x, half ? s[0].w : s[0].y, b[m][0], zero);
-            if (K == 2)
-                common_bits(d[m], half ? s[K - 1].z : s[K - 1].x, half ? s[K - 1].w : s[K - 1].y, b[m][K - 1], d[m]);
-        }
-#pragma unroll
-        for (uint32_t r = 0; r < 2; r++) {
-            float t = __int_as_float(d[0][2 * r]) * one;
-            t = fmaf(__int_as_float(d[0][2 * r + 1]), 2 * one, t);
-#pragma unroll
-            for (uint32_t m = 1; m < 4; m++) {
-                t = fmaf(__int_as_float(d[m][2 * r]), (float)(1 << 2 * m) * one, t);
-                t = fmaf(__int_as_float(d[m][2 * r + 1]), (m == 3 ? -1.0f : 1.0f) * (float)(2 << 2 * m) * one, t);
-            }
-            v[2 * half + r] = t;
-        }
-    }
-}
-
-/* Four values of tokens 4g..4g+3, a head per lane of a quad: the quad's sum for token lane % 4. */
-static __device__ __forceinline__ float quad_sum(const float (&v)[4], uint32_t lane)
-{
-    bool high = lane & 2, odd = lane & 1;
-    float keep0 = high ? v[2] : v[0], keep1 = high ? v[3] : v[1], give0 = high ? v[0] : v[2], give1 = high ? v[1] : v[3];
-    keep0 += __shfl_xor_sync(ALL_LANES, give0, 2);
-    keep1 += __shfl_xor_sync(ALL_LANES, give1, 2);
-    float keep = odd ? keep1 : keep0, give = odd ? keep0 : keep1;
-    return keep + __shfl_xor_sync(ALL_LANES, give, 1);
-}
-
-template <uint32_t SETS, uint32_t K>
-static __device__ __forceinline__ uint32_t code_of(const uint4 (&s)[K], const struct planes<SETS, K> &p, uint32_t lane)
-{
-    float total[4];
-#pragma unroll
-    for (uint32_t set = 0; set < SETS; set++) {
-        float v[4];
-        score<K>(s, p.b[set], v);
-#pragma unroll
-        for (uint32_t j = 0; j < 4; j++) {
-            float power = exp2_fast(fmaf(v[j], p.scale[set], p.bias[set]));
-            total[j] = set ? total[j] + power : power;
-        }
-    }
-    /* Clamped as floats, where the code is 1 and the largest: one shift and one addition remain. */
-    float sum = fminf(fmaxf(quad_sum(total, lane), CODE_LEAST), CODE_MOST);
-    return (__float_as_uint(sum) >> 18) - GPU_CODE_BASE;
-}
 
 /* One block of 64 tokens is two halves of 32: a lane's loads, all steps. */
 template <uint32_t K> struct tile {
@@ -162,32 +50,6 @@ static __device__ __forceinline__ void score_tile(const struct tile<K> &t, const
         atomicAdd(&m->counts[code[1]], 1u);
 }
 
-/* The counts become suffix sums, in place and in global memory: fine [2049], coarse [64] (every 32nd). */
-static __device__ void write_counts(struct scan_shared *m, uint32_t *to)
-{
-    uint32_t t = threadIdx.x, lane = t % WARP, warp = t / WARP;
-    uint4 c = ((const uint4 *)m->counts)[t];
-    c.z += c.w, c.y += c.z, c.x += c.y;
-    uint32_t sum = c.x;
-#pragma unroll
-    for (uint32_t s = 1; s < WARP; s *= 2) {
-        uint32_t other = __shfl_down_sync(ALL_LANES, sum, s);
-        sum += lane + s < WARP ? other : 0;
-    }
-    if (lane == 0)
-        m->warp_sums[warp] = sum;
-    __syncthreads();
-    uint32_t above = sum - c.x;
-    for (uint32_t w = warp + 1; w < WARPS; w++)
-        above += m->warp_sums[w];
-    c.x += above, c.y += above, c.z += above, c.w += above;
-    ((uint4 *)to)[t] = c;
-    if (t % 8 == 0)
-        to[CUDA_COARSE + t / 8] = c.x;
-    if (t == 0)
-        to[2048] = 0;
-}
-
 template <uint32_t SETS, uint32_t K>
 __global__ void __launch_bounds__(THREADS, SETS == 1 && K == 1 ? 2 : 1)
     scan_kernel(const __grid_constant__ struct cuda_attend a)
@@ -208,7 +70,7 @@ __global__ void __launch_bounds__(THREADS, SETS == 1 && K == 1 ? 2 : 1)
     uint64_t slot = pkv_geom_sig_block_bytes(&g), offset = (uint64_t)pkv_geom_sig_index(&g, head, 0, 0) * 4;
     /* Contiguous blocks for a part, so that ties go to the lower index by a prefix over parts; warps take them in turn. */
     uint32_t begin, end;
-    part_of(a, span, part, &begin, &end);
+    part_of(span, part, a.parts, &begin, &end);
     /* Addresses of this warp's next 32 blocks, one a lane: the table is read ahead of the signatures. */
     auto address = [&](uint32_t i) -> uint64_t {
         uint32_t b = begin + warp + (i + lane) * WARPS;
@@ -241,7 +103,7 @@ __global__ void __launch_bounds__(THREADS, SETS == 1 && K == 1 ? 2 : 1)
             score_tile<SETS, K>(odd, p, &m, codes, b + WARPS, span, lane);
     }
     __syncthreads();
-    write_counts(&m, a.work.counts + ((uint64_t)list * a.parts + part) * CUDA_COUNTS);
+    write_counts(suffix_sums(m.counts, m.warp_sums), a.work.counts + ((uint64_t)list * a.parts + part) * CUDA_COUNTS);
 }
 
 template <uint32_t SETS, uint32_t K> static int start(const struct cuda_attend *a, void *stream)

@@ -58,16 +58,36 @@ static __device__ __forceinline__ float rotation_norm(uint32_t head_dim)
     return 1.0f / (head_dim == 96 ? 32.0f : (float)head_dim);
 }
 
-/* gpu_kernels.dot: sixteen sums, then a fixed tree. Half a warp gives one value. */
+/* The end of gpu_kernels.dot: sixteen sums by a fixed tree. Half a warp calls it, the other half too. */
+static __device__ __forceinline__ float sum16(float sum)
+{
+#pragma unroll
+    for (uint32_t s = 8; s; s /= 2)
+        sum = __fadd_rn(sum, __shfl_xor_sync(ALL_LANES, sum, s));
+    return sum;
+}
+
 static __device__ __forceinline__ float dot16(const float *weight, const float *x, uint32_t count, uint32_t lane16)
 {
     float sum = 0;
     for (uint32_t i = lane16; i < count; i += 16)
         sum = __fadd_rn(sum, __fmul_rn(weight[i], x[i]));
-#pragma unroll
-    for (uint32_t s = 8; s; s /= 2)
-        sum = __fadd_rn(sum, __shfl_xor_sync(ALL_LANES, sum, s));
-    return sum;
+    return sum16(sum);
+}
+
+/* Outputs `pair` and `pair` + 1 of a stage of an MLP, a half warp each; SiLU but in the last stage. */
+static __device__ __forceinline__ void stage_outputs(const struct cuda_map &map, uint64_t at, uint32_t pair, const float *from,
+                                                     float *to, bool last)
+{
+    uint32_t mine = pair + threadIdx.x / 16 % 2, o = min(mine, map.out - 1);
+    uint64_t row = at * map.out + o;
+    float v = dot16(map.weight + row * map.in, from, map.in, threadIdx.x % 16);
+    if (map.bias)
+        v = __fadd_rn(v, map.bias[row]);
+    if (!last)
+        v = __fdiv_rn(v, __fadd_rn(1.0f, (float)exp(-(double)v)));
+    if (threadIdx.x % 16 == 0 && o == mine)
+        to[o] = v;
 }
 
 /* values [out] of map `map` of weight [maps][out][dim] and bias [maps][out] or NULL; a warp calls it. */

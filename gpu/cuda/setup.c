@@ -1,6 +1,8 @@
 /* Work areas, grids, schemes. */
 #include "gpu/cuda/setup.h"
 
+#include "gpu/cuda/launch.h"
+
 #include <cuda_runtime_api.h>
 
 #define PART_TOKENS 2048u /* a part of fewer tokens costs more to start than to scan */
@@ -13,14 +15,17 @@ static uint32_t parts_of(uint32_t lists, uint32_t tokens_max, uint32_t processor
 
 int cuda_grid(struct cuda_attend *a)
 {
-    int device, processors;
+    int device, processors, major, shared, together;
     if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+        cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, device) != cudaSuccess)
         return -PKV_ERR_SYSTEM;
     uint32_t lists = PKV_MAX(a->queries * a->geom.kv_heads, 1u), items = lists * cuda_head_chunks(&a->geom);
     a->parts = parts_of(lists, a->tokens_max, (uint32_t)processors);
     a->splits = PKV_MIN(PKV_MAX(2 * (uint32_t)processors / items, 1u), CUDA_SPLITS_MAX);
-    a->team = 0;
+    a->team = together && major >= 9 ? cuda_team_size(a, (uint32_t)processors, (uint32_t)shared) : 0;
     return 0;
 }
 
@@ -48,7 +53,7 @@ static uint64_t bind(const struct cuda_attend *a, uint64_t base, struct cuda_wor
     w->scales = piece(&at, heads * 4);
     w->biases = piece(&at, heads * 4);
     w->codes = piece(&at, lists * PKV_ALIGN_UP((uint64_t)a->tokens_max, PKV_BLOCK_TOKENS) * 2);
-    w->counts = piece(&at, lists * a->parts * CUDA_COUNTS * 4);
+    w->counts = piece(&at, lists * PKV_MAX(a->parts, a->team) * CUDA_COUNTS * 4);
     w->index = piece(&at, rows * 4);
     w->address = piece(&at, rows * 8);
     w->chosen = piece(&at, lists * 4);

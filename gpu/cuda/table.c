@@ -3,8 +3,8 @@
 
 static int preload(void)
 {
-    int (*const all[])(void) = {cuda_query_preload, cuda_scan_preload, cuda_pick_preload, cuda_attend_preload,
-                                cuda_append_preload};
+    int (*const all[])(void) = {cuda_query_preload,  cuda_scan_preload,   cuda_pick_preload,
+                                cuda_attend_preload, cuda_append_preload, cuda_team_preload};
     int r = 0;
     for (size_t i = 0; i < PKV_ARRAY_LEN(all) && !r; i++)
         r = all[i]();
@@ -14,6 +14,8 @@ static int preload(void)
 static int call(const struct cuda_attend *a, cuda_stream stream)
 {
     int r = 0;
+    if (a->team)
+        return cuda_team_launch(a, stream);
     if (!cuda_dense_only(a)) {
         r = cuda_query_launch(a, stream);
         r = r ? r : cuda_scan_launch(a, stream);

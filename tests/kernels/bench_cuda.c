@@ -99,6 +99,12 @@ static void run_all(struct bench *b, uint32_t l)
 {
     MUST(table->call(&b->layer[l].a, b->stream) == 0);
 }
+static void run_stages(struct bench *b, uint32_t l)
+{
+    struct cuda_attend a = b->layer[l].a;
+    a.team = 0;
+    MUST(table->call(&a, b->stream) == 0);
+}
 static void run_read(struct bench *b, uint32_t l)
 {
     (void)l;
@@ -259,6 +265,7 @@ static void bench_shape(uint32_t tokens, uint32_t batch, uint32_t bits)
         report(&b, "read 1 GiB", us, (double)(1ull << 30));
     }
     report(&b, "call", timed(&b, run_all), signatures + chosen);
+    report(&b, "call in stages", timed(&b, run_stages), signatures + chosen);
     report(&b, "query", timed(&b, run_query), (double)batch * 8 * 256 * (256 + bits / 8));
     report(&b, "scan", timed(&b, run_scan), signatures);
     report(&b, "pick", timed(&b, run_pick), signatures / 8);

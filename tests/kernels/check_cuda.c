@@ -137,6 +137,9 @@ static void device_open(const struct world *w, const struct gpu_scheme *scheme, 
                                 .tokens_max = w->tokens};
     MUST(cuda_grid(&d->a) == 0);
     d->a.parts = 1 + below(33), d->a.splits = 1 + below(16);
+    uint32_t smaller = 2u << below(4);
+    d->a.team = d->a.team > smaller ? smaller : d->a.team;
+    d->a.flags = CUDA_KEEP;
     MUST(cuda_scheme_upload(scheme, &d->a.scheme, &d->scheme_memory) == 0);
     uint64_t heads = (uint64_t)d->a.queries * w->g.q_heads, bytes = cuda_work_bytes(&d->a);
     d->work = device_take(bytes);
@@ -386,7 +389,7 @@ static void check_weighed(const struct world *w, const struct on_device *d)
     float *biases = host_copy(a.work.biases, heads * 4);
     CUDA(cudaMemset(a.work.planes, 0x55, planes));
     a.weighed = 1, a.policy.dense_below = 0, a.scheme = (struct cuda_scheme){.kind = PKV_SCHEME_HASH};
-    MUST(table->query(&a, NULL) == 0);
+    MUST((a.team ? table->call : table->query)(&a, NULL) == 0);
     CUDA(cudaDeviceSynchronize());
     char *after = host_copy(a.work.planes, planes);
     float *again = host_copy(a.work.biases, heads * 4);
@@ -500,6 +503,20 @@ static void check_graph(const struct world *w, struct on_device *d)
     CUDA(cudaStreamDestroy(stream));
 }
 
+/* In stages, then by teams. */
+static void check_call(struct gpu *gpu, struct gpu_scheme *scheme, const struct world *w, struct on_device *d)
+{
+    struct cuda_seq seqs[2] = {{d->refs, w->tokens}, {d->refs, 1 + below(w->tokens)}};
+    CUDA(cudaMemcpy(d->seqs, seqs, sizeof(seqs), cudaMemcpyHostToDevice));
+    check_attend(w, d, false);
+    check_query(gpu, scheme, w, d);
+    check_weighed(w, d);
+    check_gather(w, d);
+    check_cache(w, d);
+    check_attend(w, d, true);
+    check_graph(w, d);
+}
+
 static void check_case(struct gpu *gpu)
 {
     struct world w = world_random();
@@ -511,17 +528,14 @@ static void check_case(struct gpu *gpu)
     struct gpu_scheme *scheme = scheme_of_kind(&w, kind);
     host_fill(gpu, scheme, &w);
     device_open(&w, scheme, &d);
-    printf("  scheme %u parts %u splits %u\n", kind, d.a.parts, d.a.splits);
+    printf("  scheme %u parts %u splits %u team %u cache %u\n", kind, d.a.parts, d.a.splits, d.a.team, d.a.cache.sets);
     check_append(&w, &d);
-    struct cuda_seq seqs[2] = {{d.refs, w.tokens}, {d.refs, 1 + below(w.tokens)}};
-    CUDA(cudaMemcpy(d.seqs, seqs, sizeof(seqs), cudaMemcpyHostToDevice));
-    check_attend(&w, &d, false);
-    check_query(gpu, scheme, &w, &d);
-    check_weighed(&w, &d);
-    check_gather(&w, &d);
-    check_cache(&w, &d);
-    check_attend(&w, &d, true);
-    check_graph(&w, &d);
+    uint32_t team = d.a.team;
+    d.a.team = 0;
+    check_call(gpu, scheme, &w, &d);
+    d.a.team = team;
+    if (team)
+        check_call(gpu, scheme, &w, &d);
     device_close(&d);
     gpu_scheme_close(scheme);
     world_free(&w);
