@@ -23,9 +23,9 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
-from . import Budget, Connection, Rope
+from . import Budget, Connection
 from .batch import Batch, Tally, always_possible
-from .torch_arrays import DTYPES, numbers
+from .engine import DTYPES, numbers, rope_of
 
 __all__ = ["Cache", "NAME"]
 
@@ -167,7 +167,7 @@ class Cache(transformers.Cache):
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         served = kv.model(name or _digest(model), layers=config.num_hidden_layers, q_heads=heads,
                           kv_heads=getattr(config, "num_key_value_heads", None) or heads, head_dim=head_dim,
-                          dtype=DTYPES[model.dtype], rope=_rope(config, head_dim), scheme=scheme, bits=bits, weights=weights)
+                          dtype=DTYPES[model.dtype], rope=rope_of(config, head_dim), scheme=scheme, bits=bits, weights=weights)
         batch = Batch(served, max_tokens or config.max_position_embeddings, type(model).__name__[:31])
         self._adopt(_Store(batch, budget or Budget(), prefill or Budget(dense=True), decode_tokens))
         model.set_attn_implementation(NAME)
@@ -245,14 +245,6 @@ def _refuse(model: transformers.PreTrainedModel, config) -> None:
         raise ValueError(f"pivotkv stores float32, float16 and bfloat16, not {model.dtype}: model.to(torch.bfloat16)")
     if not model._can_set_attn_implementation():
         raise ValueError(f"the attention of {type(model).__name__} is not pluggable (AttentionInterface)")
-
-
-def _rope(config, head_dim: int) -> Rope | None:
-    """Base and dimensions. A scaled RoPE turns slower than its base says, which calibration, its only user, bears."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    if "rope_theta" not in rope:
-        return None
-    return Rope(rope["rope_theta"], int(head_dim * rope.get("partial_rotary_factor", 1.0)))
 
 
 def _digest(model: transformers.PreTrainedModel) -> str:

@@ -28,9 +28,9 @@ from vllm.v1.attention.backend import (AttentionBackend, AttentionImpl, Attentio
                                        AttentionType, CommonAttentionMetadata)
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-from . import Budget, Model, Rope, Sequence, connect
+from . import Budget, Model, Sequence, connect
 from .batch import Tally, always_possible, step
-from .torch_arrays import DTYPES, numbers
+from .engine import DTYPES, numbers, rope_of
 
 __all__ = ["Backend", "plugin", "register"]
 
@@ -118,7 +118,8 @@ class _Service:
         self.model = self.connection.model(
             name, layers=model.get_num_layers(parallel), q_heads=model.get_num_attention_heads(parallel),
             kv_heads=model.get_num_kv_heads(parallel), head_dim=model.get_head_size(), dtype=DTYPES[model.dtype],
-            rope=_rope(model), scheme=wish.get("scheme", "code"), bits=wish.get("bits", 0), weights=wish.get("weights"))
+            rope=rope_of(model.hf_text_config, model.get_head_size()), scheme=wish.get("scheme", "code"),
+            bits=wish.get("bits", 0), weights=wish.get("weights"))
         self.requests = _Requests(self.model, model.max_model_len, block_tokens)
         self.budget = Budget(**{name: wish[name] for name in _BUDGET if name in wish})
         self.prefill = self.budget if wish.get("sparse_prefill") else Budget(dense=True)
@@ -140,13 +141,6 @@ def _settings(config: VllmConfig) -> dict[str, Any]:
     if config.model_config.dtype not in DTYPES:
         raise ValueError(f"pivotkv stores float32, float16 and bfloat16, not {config.model_config.dtype}")
     return wish
-
-
-def _rope(model) -> Rope | None:
-    rope = getattr(model.hf_text_config, "rope_parameters", None) or {}
-    if "rope_theta" not in rope:
-        return None
-    return Rope(rope["rope_theta"], int(model.get_head_size() * rope.get("partial_rotary_factor", 1.0)))
 
 
 @dataclass

