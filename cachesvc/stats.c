@@ -63,6 +63,21 @@ static json_t *tier_json(struct daemon *d, const struct core_stats *s, uint32_t 
                      number(d->memory.count[tier]), "pages", memory_pages(&d->memory, tier));
 }
 
+static json_t *gpus_json(struct daemon *d)
+{
+    json_t *list = json_array();
+    for (uint32_t i = 0; i < d->devices.count; i++) {
+        const struct gpu_device_info *info = gpu_device_about(d->devices.device[i]);
+        char uuid[DEVICES_UUID_TEXT];
+        int workers = 0;
+        devices_uuid_text(info->uuid, uuid);
+        for (uint32_t w = 0; w < DAEMON_CONNECTIONS_MAX; w++)
+            workers += d->workers[w] && d->workers[w]->state == WORKER_JOINED && d->workers[w]->device == i;
+        json_array_append_new(list, json_pack("{s:s, s:s, s:i}", "name", info->name, "uuid", uuid, "workers", workers));
+    }
+    return list;
+}
+
 #define PKV_COUNTER_JSON(name, unit, help) json_object_set_new(o, #name, number(c->name));
 static json_t *worker_counters_json(const struct pkv_worker_counters *c)
 {
@@ -171,6 +186,8 @@ json_t *stats_stat(struct daemon *d)
                           gpu_describe(d->gpus[0]), "io", d->io->name, "heap", heap_name());
     json_object_set_new(o, "pool", tier_json(d, &s, PKV_TIER_POOL));
     json_object_set_new(o, "arena", tier_json(d, &s, PKV_TIER_ARENA));
+    json_object_set_new(o, "gpus", gpus_json(d));
+    json_object_set_new(o, "pinned", number(__atomic_load_n(&d->memory.pins.done, __ATOMIC_ACQUIRE)));
     json_object_set_new(
         o, "blocks",
         json_pack("{s:o, s:o, s:o}", "granted", number(s.granted), "sealed", number(s.sealed), "home", number(s.home)));

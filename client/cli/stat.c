@@ -13,6 +13,20 @@ static void tier(const json_t *stat, const char *name)
            (unsigned long long)format_number(t, "chunks"), format_text(t, "pages"));
 }
 
+static void gpus(const json_t *stat)
+{
+    size_t i;
+    const json_t *g, *list = json_object_get(stat, "gpus");
+    json_array_foreach((json_t *)(uintptr_t)list, i, g)
+    {
+        printf("%-10s %s, %s, %llu workers\n", i ? "" : "gpus", format_text(g, "name"), format_text(g, "uuid"),
+               (unsigned long long)format_number(g, "workers"));
+    }
+    if (json_array_size(list))
+        printf("%-10s %llu of %llu chunks of the arena\n", "pinned", (unsigned long long)format_number(stat, "pinned"),
+               (unsigned long long)format_number(json_object_get(stat, "arena"), "chunks"));
+}
+
 static void workers(const json_t *list)
 {
     struct table t = {0};
@@ -122,6 +136,7 @@ int cli_stat(struct cli *cli)
            format_text(s, "backend"), format_text(s, "io"), format_text(s, "heap"));
     tier(s, "pool");
     tier(s, "arena");
+    gpus(s);
     printf("%-10s %llu being written, %llu on their way home, %llu home\n", "blocks",
            (unsigned long long)format_number(blocks, "granted"), (unsigned long long)format_number(blocks, "sealed"),
            (unsigned long long)format_number(blocks, "home"));

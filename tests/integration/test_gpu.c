@@ -2,6 +2,7 @@
  * that a worker does not see, several devices. The GPU is the fake one (tests/fake).
  * usage: test_gpu [devices]   `devices`: several devices alone, the first two that $PIVOTKV_CUDA_MODULE finds */
 #include "tests/integration/service.h"
+#include "tests/integration/stat.h"
 #include "tests/lib/faults.h"
 
 #include <errno.h>
@@ -13,10 +14,15 @@ enum { TOKENS = 6000 }; /* three times the pool */
 static struct fake_faults *faults;
 static float *k, *v, *q;
 
+static void start_with(struct test_daemon *d, const char *pool, const char *device)
+{
+    test_daemon_start(d, (const char *const[]){"--pool-bytes", pool, "--arena-bytes", "64M", "--threads", "2",
+                                               "--grant-timeout-ms", "300", "--device", device, NULL});
+}
+
 static void start(struct test_daemon *d, const char *device)
 {
-    test_daemon_start(d, (const char *const[]){"--pool-bytes", "4M", "--arena-bytes", "64M", "--threads", "2",
-                                               "--grant-timeout-ms", "300", "--device", device, NULL});
+    start_with(d, "4M", device);
 }
 
 static struct pkv *attach_with(const struct test_daemon *d, const char *backend, uint32_t device)
@@ -131,6 +137,11 @@ static void test_a_worker_without_the_gpu(void **state)
     pkv_close(kv);
     o = (struct pkv_options){.size = sizeof(o), .device = 7};
     assert_int_equal(pkv_connect(d.socket, &o, &kv), -ENODEV);
+    setenv("PIVOTKV_FAKE_DEVICES", "2", 1); /* one that the daemon does not serve */
+    o.device = 2;
+    assert_int_equal(pkv_connect(d.socket, &o, &kv), -ENODEV);
+    assert_non_null(strstr(pkv_error(NULL), "no access to the GPU"));
+    unsetenv("PIVOTKV_FAKE_DEVICES");
     o = (struct pkv_options){.size = sizeof(o), .backend = "vulkan"};
     assert_int_equal(pkv_connect(d.socket, &o, &kv), -EOPNOTSUPP);
     test_daemon_stop(&d);
@@ -215,7 +226,7 @@ static void test_several_devices(void **state)
     struct pkv_budget dense = budget(0);
     float out[QUERY];
     setenv("PIVOTKV_FAKE_DEVICES", "2", 1);
-    start(&d, "all");
+    start_with(&d, "16M", "all"); /* a real one has chunks of 2 MiB at least */
     for (uint32_t i = 0; i < 2; i++) {
         kv[i] = attach_with(&d, NULL, 1 + i);
         assert_non_null(strstr(pkv_describe(kv[i]), "direct on cuda"));
@@ -232,6 +243,16 @@ static void test_several_devices(void **state)
         GOOD(served, pkv_attend(&none, &one, 1, 0, q, &dense, out, NULL, NULL));
     }
     assert_non_null(strstr(pkv_describe(any), "direct on cuda"));
+    json_t *stat = stat_json(&d, "stat"), *gpus = json_object_get(stat, "gpus");
+    assert_int_equal(json_array_size(gpus), 2);
+    for (uint32_t i = 0, all = 0; i < 2; i++) {
+        json_int_t workers = json_integer_value(json_object_get(json_array_get(gpus, i), "workers"));
+        assert_true(workers >= 1);
+        assert_int_equal(strncmp(json_string_value(json_object_get(json_array_get(gpus, i), "uuid")), "GPU-", 4), 0);
+        all += (uint32_t)workers;
+        assert_true(i == 0 || all == 3);
+    }
+    json_decref(stat);
     for (uint32_t i = 0; i < 2; i++)
         pkv_close(kv[i]);
     pkv_close(served); /* the last one that had the sequences open */
