@@ -84,7 +84,9 @@ int mover_start(struct mover *m, uint32_t threads, int event)
             mover_stop(m);
             return -r;
         }
+        pthread_mutex_lock(&m->lock); /* those that run already look at it */
         m->count++;
+        pthread_mutex_unlock(&m->lock);
     }
     return 0;
 }

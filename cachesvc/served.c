@@ -4,6 +4,8 @@
 
 #include <stdlib.h>
 
+#define PIN_BYTES_MAX (256ull << 20)
+
 static enum pkv_err span_check(const struct core_view *v, const struct served_span *s)
 {
     uint64_t readable = (uint64_t)(v->writer ? v->granted : v->sealed) * PKV_BLOCK_TOKENS;
@@ -50,9 +52,22 @@ void served_refuse(struct served *s, enum pkv_err err)
     free(s);
 }
 
+/* So that a GPU's gather writes straight into the data area: with the worker's first served call, since most never make one.
+ * Where it may not be pinned, rows take the way over the backend's own memory. */
+static void pin_region(struct worker *w)
+{
+    uint64_t address;
+    const struct devices *devices = &w->daemon->devices;
+    if (!devices->count || w->pin_tried || w->region_bytes > PIN_BYTES_MAX)
+        return;
+    w->pin_tried = true;
+    w->pinned = !gpu_device_register(devices->device[0], w->region, w->region_bytes, false, &address);
+}
+
 static void run(struct mover_job *job)
 {
     struct served *s = PKV_CONTAINER_OF(job, struct served, job);
+    pin_region(s->worker);
     s->work(s);
 }
 

@@ -53,6 +53,8 @@ int worker_accept(struct daemon *d, int socket, int pid)
 void worker_free(struct worker *w)
 {
     w->daemon->workers[w->slot] = NULL;
+    if (w->pinned)
+        gpu_device_unregister(w->daemon->devices.device[0], w->region);
     if (w->region)
         munmap(w->region, w->region_bytes);
     free(w->backlog);

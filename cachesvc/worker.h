@@ -34,6 +34,7 @@ struct worker {
     bool doomed; /* the backlog is full: it is dropped at the end of the turn */
     struct pkv_region *region;
     int region_fd;
+    bool pin_tried, pinned; /* the region, for a GPU; of the served mover's thread as long as a job is under way */
     uint64_t region_bytes, data_off, data_bytes;
     uint32_t sq_head, cq_tail; /* our own counts; the region's are hostile */
     struct pkv_completion *backlog;

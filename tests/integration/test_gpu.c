@@ -128,8 +128,14 @@ static void test_a_worker_without_the_gpu(void **state)
     assert_int_equal(pkv_connect(d.socket, &o, &kv), -ENODEV);
     kv = attach(&d, 0);
     assert_non_null(strstr(pkv_describe(kv), "served: no CUDA device"));
+    assert_true(test_daemon_said(&d, "of the arena pinned"));
+    uint32_t pins = faults->pins;
     assert_serves(kv);
+    assert_int_equal(faults->pins, pins + 1); /* its region, for the GPU to write into */
     pkv_close(kv);
+    for (int i = 0; i < 500 && faults->pins > pins; i++)
+        usleep(10000);
+    assert_int_equal(faults->pins, pins);
     unsetenv("PIVOTKV_FAKE_DEVICES");
     kv = attach_with(&d, "host", 0);
     assert_non_null(strstr(pkv_describe(kv), "served: the daemon's pool is not on that backend"));
