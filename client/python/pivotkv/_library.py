@@ -26,6 +26,10 @@ class Budget(c.Structure):
                 ("rule", U32), ("dense", U32), ("dense_below", U32)]
 
 
+class BatchOptions(c.Structure):
+    _fields_ = [("size", U32), ("queries", U32), ("cache_bytes", U64)]
+
+
 class Explain(c.Structure):
     _fields_ = [(name, U64) for name in (
         "queries_dense", "queries_sparse", "tokens_seen", "tokens_attended", "rows_pool", "rows_arena", "sign_ns",
@@ -36,6 +40,7 @@ _PROTOTYPES = {
     "pkv_connect": (c.c_int, [c.c_char_p, c.POINTER(Options), c.POINTER(VOID)]),
     "pkv_close": (None, [VOID]),
     "pkv_error": (c.c_char_p, [VOID]),
+    "pkv_describe": (c.c_char_p, [VOID]),
     "pkv_ping": (c.c_int, [VOID, c.POINTER(U64)]),
     "pkv_version": (c.c_char_p, []),
     "pkv_model_open": (c.c_int, [VOID, c.POINTER(ModelDesc), c.POINTER(VOID)]),
@@ -56,6 +61,13 @@ _PROTOTYPES = {
                              c.POINTER(Explain)]),
     "pkv_select": (c.c_int, [VOID, U32, U32, VOID, c.POINTER(Budget), VOID, VOID, VOID, VOID]),
     "pkv_audit": (c.c_int, [VOID, U32, U32, VOID, c.POINTER(Budget), c.POINTER(c.c_double), c.POINTER(c.c_double)]),
+    "pkv_batch_open": (c.c_int, [c.POINTER(VOID), U32, c.POINTER(Budget), c.POINTER(BatchOptions), c.POINTER(VOID)]),
+    "pkv_batch_close": (c.c_int, [VOID]),
+    "pkv_batch_begin": (c.c_int, [VOID, VOID]),
+    "pkv_batch_append": (c.c_int, [VOID, U32, VOID, VOID, VOID]),
+    "pkv_batch_attend": (c.c_int, [VOID, U32, VOID, VOID, VOID, VOID]),
+    "pkv_batch_end": (c.c_int, [VOID, VOID]),
+    "pkv_batch_cancel": (c.c_int, [VOID, VOID]),
 }
 
 

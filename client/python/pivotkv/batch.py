@@ -4,17 +4,21 @@ A `Batch` is a step's view of several sequences that grow by whole forward passe
 
     begin(counts)  -> step(layer, k, v, q, budget) for each layer -> the last one commits the pass
 
+A pass of one new token per row may run in the caller's stream, on device arrays: begin, stream_step for each layer.
+
 A pass that fails or is abandoned in the middle is taken back: every sequence is as long as after the last pass that all
 layers finished. numpy only; transformers.py and vllm.py stand on it.
 """
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass, field
 from typing import Sequence as ListOf
 
 import numpy as np
 
 from . import Budget, Error, Model, Sequence
+from .steps import Steps
 
 QUERIES_MAX, SEQUENCES_MAX = 4096, 256  # of one attend: PKV_QUERIES_MAX, PKV_BATCH_MAX
 
@@ -80,6 +84,7 @@ class _Pass:
 
     counts: list[int]
     layers: set[int] = field(default_factory=set)
+    stream: int | None = None  # of a pass in the caller's stream
 
 
 class Batch:
@@ -94,6 +99,7 @@ class Batch:
         self.tally = Tally()
         self._pass: _Pass | None = None
         self._broken: Error | None = None
+        self._steps: Steps | None = None  # open over the sequences as they are
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -110,6 +116,10 @@ class Batch:
         self.tokens = [0] * rows
 
     def clear(self) -> None:
+        try:
+            self._settle()
+        except Error:  # what has not ended, or met NaN, goes with its sequences
+            pass
         for sequence in self.sequences:
             sequence.close()
         self.sequences, self.tokens, self._pass, self._broken = [], [], None, None
@@ -136,21 +146,56 @@ class Batch:
         """(out, whether this was the pass's last layer). See step() above for the arrays."""
         counts = self._pass.counts
         try:
+            self._settle()
             out = step(self.model, self.sequences, counts, layer, k, v, q, budget, self.tally)
         except BaseException:
             self._pass.layers.add(layer)
             self.take_back()
             raise
+        return out, self._done(layer)
+
+    def stream_step(self, layer: int, k: int, v: int, q: int, out: int, budget: Budget, stream: int) -> bool:
+        """One new token of every row, in the caller's stream; addresses as Steps has them. True: the pass's last layer."""
+        try:
+            if not self._pass.layers:
+                if self._steps is None or self._steps.budget != budget:
+                    self._settle()
+                    self._steps = Steps(self.sequences, budget)
+                self._steps.begin(stream)
+                self._pass.stream = stream
+            self._steps.append(layer, k, v, stream)
+            self._steps.attend(layer, q, out, stream)
+            if len(self._pass.layers) == self.model.layers - 1:
+                self._steps.end(stream)
+        except BaseException as error:
+            if isinstance(error, Error) and error.errno == errno.EDOM and not self._pass.layers:
+                self._broken = error  # of an earlier step: rows have lost tokens that were counted
+            self.take_back()
+            raise
+        return self._done(layer)
+
+    def _done(self, layer: int) -> bool:
         self._pass.layers.add(layer)
-        done = len(self._pass.layers) == self.model.layers
-        if done:
-            self.tokens = [had + count for had, count in zip(self.tokens, counts)]
-            self._pass = None
-        return out, done
+        if len(self._pass.layers) < self.model.layers:
+            return False
+        self.tokens = [had + count for had, count in zip(self.tokens, self._pass.counts)]
+        self._pass = None
+        return True
+
+    def _settle(self) -> None:
+        """The sequences take other calls than stream steps again."""
+        steps, self._steps = self._steps, None
+        if steps:
+            steps.close()
 
     def take_back(self) -> None:
         """Every row as long as after the last whole pass."""
-        if self._pass and self._pass.layers:
+        if self._pass and self._pass.stream is not None:
+            try:
+                self._steps.cancel(self._pass.stream)
+            except Error as error:
+                self._broken = error
+        elif self._pass and self._pass.layers:
             self._cut(self.tokens)
         self._pass = None
         if self._broken:
@@ -164,6 +209,11 @@ class Batch:
             raise self._broken
 
     def _cut(self, tokens: list[int]) -> None:
+        try:
+            self._settle()
+        except Error as error:
+            self._broken = error
+            return
         for sequence, count in zip(self.sequences, tokens):
             try:
                 sequence.truncate(count)
@@ -173,6 +223,7 @@ class Batch:
     def pick(self, rows: list[int]) -> None:
         """Row i becomes what row rows[i] was: forks where one is wanted twice, closes what nobody wants."""
         self.take_back()
+        self._settle()
         taken: set[int] = set()
         made: list[Sequence] = []
         forks: list[Sequence] = []
@@ -194,6 +245,7 @@ class Batch:
     def fork(self) -> Batch:
         """A batch of its own with the same content; blocks are shared until they are written."""
         self.take_back()
+        self._settle()
         child = Batch(self._lease, self.max_tokens, self.label)
         try:
             for sequence, count in zip(self.sequences, self.tokens):

@@ -7,7 +7,8 @@
 Making the cache registers the attention function "pivotkv" and switches the model to it; calls without such a cache are
 attended by torch as before. Each row of the batch is a sequence of its own, which holds the row's real tokens only, so padding
 costs nothing. Prefill is exact, decoding attends to what the signatures select. What it cannot do it refuses in a sentence:
-docs/engines.md has the list. Tensors of a GPU are copied to the CPU and the output back.
+docs/engines.md has the list. On a GPU, decoding runs in torch's stream on the service's memory, if the daemon's pool is there;
+prefill, and everything else, copies to the CPU and back.
 """
 from __future__ import annotations
 
@@ -26,6 +27,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from . import Budget, Connection
 from .batch import Batch, Tally, always_possible
 from .engine import DTYPES, numbers, rope_of
+from .steps import on_gpu
 
 __all__ = ["Cache", "NAME"]
 
@@ -55,8 +57,8 @@ class _Stored(torch.Tensor):
 class _Store:
     """What a cache owns: the batch, and which columns of the padded batch its rows hold."""
 
-    def __init__(self, batch: Batch, budget: Budget, prefill: Budget, decode_tokens: int):
-        self.batch, self.budget, self.prefill, self.decode_tokens = batch, budget, prefill, decode_tokens
+    def __init__(self, batch: Batch, budget: Budget, prefill: Budget, decode_tokens: int, stream: bool):
+        self.batch, self.budget, self.prefill, self.decode_tokens, self.stream = batch, budget, prefill, decode_tokens, stream
         self.kept = np.zeros((0, 0), bool)  # [rows, columns]
         self.fresh = np.zeros((0, 0), bool)  # [rows, new columns] of the pass that runs
 
@@ -92,6 +94,8 @@ class _Store:
         elif (rows, new) != self.fresh.shape:
             raise ValueError(f"layer {layer} brings {rows} x {new} tokens in a pass of {self.fresh.shape}")
         decodes = self.columns and new <= self.decode_tokens
+        if self.stream and decodes and new == 1 and self.fresh.all():
+            return self._stream_step(layer, q, k, v, scale)
         flat = [numbers(x.transpose(1, 2))[self.fresh] for x in (k, v, q)]
         out, done = self.batch.step(layer, *flat, always_possible(self.budget if decodes else self.prefill, scale))
         if self.fresh.all():
@@ -102,6 +106,16 @@ class _Store:
         if done:
             self.kept = np.concatenate([self.kept, self.fresh], axis=1)
         return result.to(q.device, q.dtype)
+
+    def _stream_step(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """Arrays stay where they are. They may be freed at once: torch reuses memory in the order of its stream."""
+        out = torch.empty(q.shape[0], 1, *q.shape[1:2], q.shape[3], dtype=torch.float32, device=q.device)
+        k, v, q = (x[:, :, 0].contiguous() for x in (k, v, q))
+        stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
+        if self.batch.stream_step(layer, k.data_ptr(), v.data_ptr(), q.data_ptr(), out.data_ptr(),
+                                  always_possible(self.budget, scale), stream):
+            self.kept = np.concatenate([self.kept, self.fresh], axis=1)
+        return out.to(q.dtype)
 
     def crop(self, columns: int) -> None:
         self.batch.truncate(self.kept[:, :columns].sum(axis=1).tolist())
@@ -156,11 +170,14 @@ class Cache(transformers.Cache):
     max_tokens     of a sequence; default: the model's max_position_embeddings
     name           identity of the weights; default: their digest
     scheme, bits   of the signatures, as in Connection.model
+    stream         whether steps of one token a row run in torch's stream without a copy; default: where daemon and model are on
+                   the only GPU that torch sees (of several, it must be the connection's). At most 256 rows; not in the tally
     """
 
     def __init__(self, kv: Connection, model: transformers.PreTrainedModel, budget: Budget | None = None, *,
                  prefill: Budget | None = None, decode_tokens: int = 16, max_tokens: int | None = None,
-                 name: str | None = None, scheme: str = "code", bits: int = 0, weights: str | None = None):
+                 name: str | None = None, scheme: str = "code", bits: int = 0, weights: str | None = None,
+                 stream: bool | None = None):
         config = model.config.get_text_config(decoder=True)
         _refuse(model, config)
         heads = config.num_attention_heads
@@ -169,7 +186,9 @@ class Cache(transformers.Cache):
                           kv_heads=getattr(config, "num_key_value_heads", None) or heads, head_dim=head_dim,
                           dtype=DTYPES[model.dtype], rope=rope_of(config, head_dim), scheme=scheme, bits=bits, weights=weights)
         batch = Batch(served, max_tokens or config.max_position_embeddings, type(model).__name__[:31])
-        self._adopt(_Store(batch, budget or Budget(), prefill or Budget(dense=True), decode_tokens))
+        if stream is None:
+            stream = model.device.type == "cuda" and torch.cuda.device_count() == 1 and on_gpu(kv)
+        self._adopt(_Store(batch, budget or Budget(), prefill or Budget(dense=True), decode_tokens, stream))
         model.set_attn_implementation(NAME)
 
     def _adopt(self, store: _Store) -> None:
@@ -190,7 +209,7 @@ class Cache(transformers.Cache):
     def fork(self, budget: Budget | None = None) -> Cache:
         """A cache of its own with the same past, whose blocks are shared: for prompts that begin alike."""
         old, copy = self._store, object.__new__(type(self))
-        store = _Store(old.batch.fork(), budget or old.budget, old.prefill, old.decode_tokens)
+        store = _Store(old.batch.fork(), budget or old.budget, old.prefill, old.decode_tokens, old.stream)
         store.kept = old.kept.copy()
         copy._adopt(store)
         return copy

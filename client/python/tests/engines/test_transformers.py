@@ -106,6 +106,46 @@ class FullBudgetTest(Fixture):
                                   past_key_values=cache).logits)
         return torch.cat(made, dim=1).float()
 
+    def test_steps_in_a_stream(self):
+        """The calls that decode on a GPU without a copy, on the host backend: the same bits, through beams and back."""
+        model, inputs, budget = tiny.model(), prompts([300, 270]), pivotkv.Budget(k=40, sinks=8, recent=16)
+        for more in ({}, {"num_beams": 3}):
+            made = []
+            for stream in (False, True):
+                with Cache(self.kv, model, budget, stream=stream) as cache:
+                    made.append(self.greedy(model, inputs, cache, **more).tolist())
+                    self.assertEqual(cache.get_seq_length(), 319)
+                    if not more:
+                        cache.crop(-70)
+                        made[-1] += self.greedy(model, inputs, cache, new=30).tolist()
+                        self.assertEqual([len(s) for s in cache.sequences], [329, 299])
+                        cache.crop(-40)
+                        made[-1] += self.greedy(model, inputs, cache.fork(), new=40).tolist()
+                    self.assertEqual(cache.tally.queries_sparse == 0, stream)
+            self.assertEqual(made[0], made[1])
+
+    def test_an_interrupted_step_in_a_stream_is_taken_back(self):
+        model, inputs = tiny.model(), prompts([100, 90])
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        with torch.no_grad():
+            logits = []
+            for stream in (False, True):
+                with Cache(self.kv, model, covers(80), stream=stream) as cache:
+                    model(**inputs, past_key_values=cache)
+                    token, mask = torch.tensor([[7], [9]]), torch.cat([inputs["attention_mask"], torch.ones(2, 1)], dim=1)
+                    for _ in range(2):
+                        hook = model.model.layers[1].mlp.register_forward_hook(interrupt)
+                        with self.assertRaises(KeyboardInterrupt):
+                            model(token, attention_mask=mask, past_key_values=cache)
+                        hook.remove()
+                        self.assertEqual(cache.get_seq_length(), 100)
+                    logits.append(model(token, attention_mask=mask, past_key_values=cache).logits)
+                    self.assertEqual([len(s) for s in cache.sequences], [101, 91])
+            torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=0)
+
     def test_a_head_for_each_query_and_one_for_all(self):
         for heads in (1, 4):
             self.assert_equal_tokens(tiny.model(num_key_value_heads=heads), prompts([150]), covers(150), new=8)
