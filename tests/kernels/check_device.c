@@ -2,6 +2,7 @@
  * on whatever module $PIVOTKV_CUDA_MODULE names: on a CPU the fake one, whose faults are tried too. */
 #include "gpu/device.h"
 #include "tests/lib/faults.h"
+#include "tests/lib/pass.h"
 #include "tests/lib/test.h"
 
 #include <fcntl.h>
@@ -227,36 +228,6 @@ static void test_tickets(void **state)
 
 /* ---- another process ---- */
 
-static void send_fd(int socket, int fd)
-{
-    union {
-        char bytes[CMSG_SPACE(sizeof(int))];
-        struct cmsghdr align;
-    } control = {{0}};
-    char byte = 0;
-    struct iovec io = {&byte, 1};
-    struct msghdr m = {.msg_iov = &io, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof(control.bytes)};
-    struct cmsghdr *c = CMSG_FIRSTHDR(&m);
-    c->cmsg_level = SOL_SOCKET, c->cmsg_type = SCM_RIGHTS, c->cmsg_len = CMSG_LEN(sizeof(int));
-    memcpy(CMSG_DATA(c), &fd, sizeof(fd));
-    assert_int_equal(sendmsg(socket, &m, 0), 1);
-}
-
-static int receive_fd(int socket)
-{
-    union {
-        char bytes[CMSG_SPACE(sizeof(int))];
-        struct cmsghdr align;
-    } control;
-    char byte;
-    int fd = -1;
-    struct iovec io = {&byte, 1};
-    struct msghdr m = {.msg_iov = &io, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof(control.bytes)};
-    if (recvmsg(socket, &m, 0) == 1 && CMSG_FIRSTHDR(&m))
-        memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&m)), sizeof(fd));
-    return fd;
-}
-
 /* The maker of a chunk: sends it, waits to be told, dies without a word. Runs in a process of its own, before the device is
  * open in the test's. */
 static void maker(int socket)
@@ -266,7 +237,8 @@ static void maker(int socket)
     if (gpu_device_open(0, &device) || gpu_device_chunk_create(device, CHUNK, &c))
         _exit(1);
     put(&c, bytes);
-    send_fd(socket, c.fd);
+    if (!test_send_fd(socket, c.fd))
+        _exit(3);
     if (read(socket, &byte, 1) != 1)
         _exit(2);
     kill(getpid(), SIGKILL);
@@ -278,7 +250,7 @@ static int maker_socket;
 static void test_memory_outlives_its_maker(void **state)
 {
     (void)state;
-    int status, fd = receive_fd(maker_socket);
+    int status, fd = test_receive_fd(maker_socket);
     char *bytes = bytes_of(CHUNK, 6);
     struct gpu_chunk c;
     assert_true(fd >= 0);

@@ -5,6 +5,7 @@
  * This process touches no device: it forks the others, passes descriptors, kills, and looks at how they end. */
 #include "gpu/device.h"
 #include "tests/kernels/stray.h"
+#include "tests/lib/pass.h"
 
 #include <errno.h>
 #include <signal.h>
@@ -43,37 +44,6 @@ static uint32_t get(const uint32_t *word)
     return __atomic_load_n(word, __ATOMIC_ACQUIRE);
 }
 
-static void send_fd(int socket, int fd)
-{
-    union {
-        char bytes[CMSG_SPACE(sizeof(int))];
-        struct cmsghdr align;
-    } control = {{0}};
-    char byte = 0;
-    struct iovec io = {&byte, 1};
-    struct msghdr m = {.msg_iov = &io, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof(control.bytes)};
-    struct cmsghdr *c = CMSG_FIRSTHDR(&m);
-    c->cmsg_level = SOL_SOCKET, c->cmsg_type = SCM_RIGHTS, c->cmsg_len = CMSG_LEN(sizeof(int));
-    memcpy(CMSG_DATA(c), &fd, sizeof(fd));
-    if (sendmsg(socket, &m, 0) != 1)
-        fail("the descriptor could not be sent");
-}
-
-static int receive_fd(int socket)
-{
-    union {
-        char bytes[CMSG_SPACE(sizeof(int))];
-        struct cmsghdr align;
-    } control;
-    char byte;
-    int fd = -1;
-    struct iovec io = {&byte, 1};
-    struct msghdr m = {.msg_iov = &io, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof(control.bytes)};
-    if (recvmsg(socket, &m, 0) == 1 && CMSG_FIRSTHDR(&m))
-        memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&m)), sizeof(fd));
-    return fd;
-}
-
 static void pattern(uint32_t *to)
 {
     for (uint64_t i = 0; i < HALF / 4; i++)
@@ -94,7 +64,8 @@ static void maker(int socket)
     memcpy(home, right, HALF);
     must(gpu_device_register(device, home, HALF, false, &address), "register");
     must(gpu_device_copy_now(device, GPU_TO_DEVICE, c.writable + HALF, (uint64_t)(uintptr_t)home, HALF), "fill");
-    send_fd(socket, c.fd);
+    if (!test_send_fd(socket, c.fd))
+        fail("the descriptor could not be sent");
     __atomic_store_n(&board->ready, 1, __ATOMIC_RELEASE);
     for (;;) {
         memset(home, 0x5a, HALF);
@@ -258,7 +229,7 @@ int main(void)
         return 1;
     pid_t pid = spawn(maker, pair[1]);
     close(pair[1]);
-    int fd = receive_fd(pair[0]);
+    int fd = test_receive_fd(pair[0]);
     if (fd < 0)
         return 1;
     run_all(fd, pid);
