@@ -19,9 +19,10 @@ from typing import Any, Sequence as ListOf
 import numpy as np
 
 from . import _library
+from .stream_batch import StreamBatch
 
 __all__ = ["Audit", "Budget", "Connection", "Error", "Explain", "Model", "Rope", "Rule", "Selection", "Sequence",
-           "connect", "version"]
+           "StreamBatch", "connect", "version"]
 
 _lib = _library.load()
 
@@ -209,6 +210,11 @@ class Model(_Handle):
         self.connection.check(_lib.pkv_attend(handles, counts, len(sequences), layer, array.ctypes.data, c.byref(wish),
                                               out.ctypes.data, lse.ctypes.data, c.byref(explain)))
         return out, lse, Explain(*[getattr(explain, name) for name, _ in explain._fields_])
+
+    def batch(self, sequences: ListOf[Sequence], budget: Budget | None = None, *, queries: int = 1,
+              cache_bytes: int = 0) -> StreamBatch:
+        """Sequences that decode together, `queries` new tokens each in a step; in a CUDA stream on a CUDA daemon."""
+        return StreamBatch(self, sequences, budget or Budget(), queries, cache_bytes)
 
     def _array(self, value: Any, heads: int, what: str, tokens: int | None = None) -> np.ndarray:
         array = value if isinstance(value, np.ndarray) else np.from_dlpack(value)

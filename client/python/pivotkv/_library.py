@@ -68,6 +68,8 @@ _PROTOTYPES = {
     "pkv_batch_attend": (c.c_int, [VOID, U32, VOID, VOID, VOID, VOID]),
     "pkv_batch_end": (c.c_int, [VOID, VOID]),
     "pkv_batch_cancel": (c.c_int, [VOID, VOID]),
+    "pkv_batch_wait": (c.c_int, [VOID]),
+    "pkv_batch_rows": (c.c_int, [VOID, c.POINTER(U64), c.POINTER(U64)]),
 }
 
 

@@ -105,6 +105,41 @@ class ServiceTest(unittest.TestCase):
                         again = 1 - fresh.audit(0, q[-1:], wish).mass
                     self.assertLess(again, 0.6 * missed["sign"])
 
+    def test_batch(self):
+        """A step of a batch gives the bits of append and attend_batch; a step that raises does not count."""
+        with pivotkv.connect(self.daemon.socket, threads=1) as kv:
+            model = kv.model("batch", layers=LAYERS, q_heads=Q, kv_heads=KV, head_dim=DIM, dtype="f32", scheme="sign")
+            budget = pivotkv.Budget(k=20, sinks=8, recent=8, dense_below=40)
+            plain, batched = [[model.sequence(400) for _ in range(2)] for _ in range(2)]
+            for s in plain + batched:
+                for layer in range(LAYERS):
+                    s.append(layer, np.ones((30, KV, DIM), np.float32), np.ones((30, KV, DIM), np.float32))
+            with model.batch(batched, budget) as batch:
+                for _ in range(70):
+                    k, v, q = (self.random.normal(size=(2, heads, DIM)).astype(np.float32) for heads in (KV, KV, Q))
+                    with batch.step():
+                        results = []
+                        for layer in range(LAYERS):
+                            batch.append(layer, k, v)
+                            results.append(batch.attend(layer, q))
+                    for layer in range(LAYERS):
+                        for i, s in enumerate(plain):
+                            s.append(layer, k[i:i + 1], v[i:i + 1])
+                        out, lse, _ = model.attend_batch(plain, [1, 1], layer, q, budget)
+                        np.testing.assert_array_equal(out, results[layer][0])
+                        np.testing.assert_array_equal(lse, results[layer][1])
+                with self.assertRaises(ValueError), batch.step():
+                    batch.append(0, k[:1], v)
+                batch.wait()
+                self.assertEqual([len(s) for s in batched], [100, 100])
+                self.assertEqual(batch.rows(), (0, 0))
+                with self.assertRaises(pivotkv.Error) as caught:
+                    batch.append(0, k, v)
+                self.assertEqual(caught.exception.errno, errno.EINVAL)
+                with self.assertRaises(pivotkv.Error) as caught:
+                    batched[0].close()
+                self.assertEqual(caught.exception.errno, errno.EBUSY)
+
     def test_errors_have_numbers_and_sentences(self):
         with pivotkv.connect(self.daemon.socket, threads=1) as kv:
             model = kv.model("m", layers=LAYERS, q_heads=Q, kv_heads=KV, head_dim=DIM, dtype="f32")
