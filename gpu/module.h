@@ -8,6 +8,7 @@
 #include "gpu/batch.h"
 #include "gpu/device.h"
 #include "gpu/gpu.h"
+#include "gpu/lab.h"
 
 /* A device that the module opened; its own struct begins with this one. */
 struct gpu_device {
@@ -67,12 +68,29 @@ struct gpu_backend {
     int (*batch_counters)(void *batch, uint64_t *ret_hits, uint64_t *ret_misses);
 };
 
+/* gpu/lab.h */
+struct gpu_lab_verbs {
+    int (*open)(struct gpu_device *device, struct gpu_lab **ret);
+    void (*close)(struct gpu_lab *lab);
+    void *(*stream)(struct gpu_lab *lab);
+    int (*take)(struct gpu_lab *lab, uint64_t bytes, void **ret);
+    int (*fill)(struct gpu_lab *lab, void *to, uint64_t count, uint32_t seed, uint32_t noise_seed, float noise);
+    int (*wait)(struct gpu_lab *lab);
+    int (*capture)(struct gpu_lab *lab);
+    int (*captured)(struct gpu_lab *lab, void **ret_graph);
+    int (*replay)(struct gpu_lab *lab, void *graph, double *ret_us);
+    void (*graph_free)(struct gpu_lab *lab, void *graph);
+    int (*read_peak)(struct gpu_lab *lab, double *ret);
+    int (*copy_peak)(struct gpu_lab *lab, bool to_device, double *ret);
+};
+
 struct gpu_module {
     uint32_t version;    /* GPU_MODULE_VERSION; the first member, whatever follows */
     uint32_t bytes;      /* sizeof(struct gpu_module) */
     const char *release; /* of pivotkv */
     const struct gpu_device_verbs *device;
     const struct gpu_backend *backend; /* NULL: memory only */
+    const struct gpu_lab_verbs *lab;   /* NULL: nothing to measure with */
 };
 #define GPU_MODULE_VERSION 1u
 #define GPU_MODULE_FILE    "libpivotkv-cuda.so"

@@ -21,7 +21,8 @@ EDGES = {
     "tests": {"proto", "gpu", "offload", "cachesvc", "client"},
 }
 # What other rooms may include of a room; proto is open.
-DOORS = {"gpu": {"gpu/gpu.h", "gpu/device.h", "gpu/batch.h"}, "offload": {"offload/offload.h"}, "client": {"client/pivotkv.h"},
+DOORS = {"gpu": {"gpu/gpu.h", "gpu/device.h", "gpu/batch.h", "gpu/lab.h"},
+         "offload": {"offload/offload.h"}, "client": {"client/pivotkv.h"},
          "cachesvc": set()}
 # Beyond the doors, all tests may read these; the tests of one file (tests/unit, tests/kernels), and the module that stands in
 # for CUDA (tests/fake), may read any header.

@@ -140,16 +140,26 @@ int cli_bench(struct cli *cli)
                       .scale = number(cli, "--scale", 1, 32)};
     cli_option(cli, "--daemon", &told);
     cli_option(cli, "--only", &only);
-    if (!cli->count || strcmp(cli->arguments[0], "host")) {
-        fprintf(stderr, "pivotkv: bench needs a group: host\n");
+    cli_option(cli, "--peer", &b.peer);
+    b.cuda = cli->count && !strcmp(cli->arguments[0], "gpu");
+    if (!b.cuda && (!cli->count || strcmp(cli->arguments[0], "host"))) {
+        fprintf(stderr, "pivotkv: bench needs a group: host or gpu\n");
         return CLI_USAGE;
     }
     cli->arguments++, cli->count--;
     cli_no_more(cli);
     b.only = only, b.daemon = find_daemon(told), b.results = json_array();
     facts(&b);
-    bench_kernels(&b);
-    bench_service(&b);
+    if (b.cuda) {
+        bench_gpu(&b);
+    } else {
+        bench_kernels(&b);
+        bench_service(&b);
+    }
+    if (!json_array_size(b.results) && b.cuda) {
+        json_decref(b.results);
+        return CLI_FAILED;
+    }
     if (!json_array_size(b.results)) {
         fprintf(stderr, "pivotkv: no figure was taken: names are scan, attend_128k, attend_1m, served_128k, served_empty, "
                         "audit_128k, append_64k, start_8g, daemon_rss\n");

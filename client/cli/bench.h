@@ -3,13 +3,17 @@
 #define CLIENT_CLI_BENCH_H
 
 #include "client/cli/cli.h"
+#include "client/pivotkv.h"
 
+#include <sys/types.h>
 #include <time.h>
 
 struct bench {
     uint32_t threads, scale; /* scale divides all lengths, for a quick look; figures count at 1 */
     const char *only;        /* comma-separated names, NULL: all */
     const char *daemon;      /* path of pivotkvd */
+    const char *peer;        /* gpu: the comparator's script, NULL: none */
+    bool cuda;               /* daemons with a pool on a GPU */
     json_t *results;
 };
 
@@ -29,6 +33,22 @@ uint64_t bench_available(void); /* bytes of memory */
 /* bench_kernels.c: scan, attend_128k, attend_1m. bench_service.c: the others, with private daemons. */
 void bench_kernels(struct bench *bench);
 void bench_service(struct bench *bench);
+
+/* bench_gpu.c: on a GPU, batches in replayed graphs. */
+void bench_gpu(struct bench *bench);
+
+/* bench_daemon.c */
+struct bench_daemon {
+    pid_t pid;
+    char folder[64], socket[80];
+};
+/* Starts a daemon and connects; NULL after saying why. *ret_seconds: from exec to the accepted hello. */
+struct pkv *bench_daemon_start(const struct bench *bench, struct bench_daemon *daemon, const char *pool, const char *arena,
+                               bool spin, double *ret_seconds);
+void bench_daemon_stop(struct bench_daemon *daemon);
+/* A number of `pivotkv stat`: of its "totals" (of workers), or of another group. */
+uint64_t bench_total(const char *socket, const char *group, const char *name);
+double bench_median(double *values, uint32_t count);
 
 /* bench_peer.c: what we compare with. Seconds of one run each, by `threads` threads. */
 double peer_sum(const void *data, uint64_t bytes, uint32_t threads);

@@ -3,70 +3,11 @@
 
 #include "client/pivotkv.h"
 
-#include <errno.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/prctl.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #define CHUNK 65536u
-
-struct private
-{
-    pid_t pid;
-    char folder[64], socket[80];
-};
-
-static void daemon_stop(struct private *d)
-{
-    static const char *const names[] = {"socket", "socket.lock", "admin"};
-    if (d->pid > 0) {
-        kill(d->pid, SIGTERM);
-        waitpid(d->pid, NULL, 0);
-    }
-    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
-        char path[160];
-        snprintf(path, sizeof(path), "%s/%s", d->folder, names[i]);
-        unlink(path);
-    }
-    rmdir(d->folder);
-}
-
-/* Starts a daemon and connects; NULL after saying why. *ret_seconds: from exec to the accepted hello. */
-static struct pkv *daemon_start(const struct bench *b, struct private *d, const char *pool, const char *arena, bool spin,
-                                double *ret_seconds)
-{
-    char threads[16];
-    struct pkv *kv = NULL;
-    struct pkv_options o = {.size = sizeof(o), .threads = b->threads, .label = "bench", .spin_us = spin ? 1000000 : 0};
-    snprintf(d->folder, sizeof(d->folder), "/tmp/pivotkv-bench-XXXXXX");
-    if (!mkdtemp(d->folder))
-        return NULL;
-    snprintf(d->socket, sizeof(d->socket), "%s/socket", d->folder);
-    snprintf(threads, sizeof(threads), "%u", b->threads);
-    double begin = bench_now();
-    d->pid = fork();
-    if (d->pid == 0) {
-        prctl(PR_SET_PDEATHSIG, SIGKILL);
-        execl(b->daemon, b->daemon, "--socket", d->socket, "--pool-bytes", pool, "--arena-bytes", arena, "--threads", threads,
-              "--spin-us", spin ? "200000" : "50", "--log-level", "warn", (char *)NULL);
-        fprintf(stderr, "pivotkv: cannot run %s: %s; name it with --daemon\n", b->daemon, strerror(errno));
-        _exit(127);
-    }
-    while (d->pid > 0 && pkv_connect(d->socket, &o, &kv) && bench_now() - begin < 60) {
-        if (waitpid(d->pid, NULL, WNOHANG) == d->pid) {
-            d->pid = 0;
-            break;
-        }
-        usleep(1000);
-    }
-    *ret_seconds = bench_now() - begin;
-    if (!kv)
-        daemon_stop(d);
-    return kv;
-}
 
 static struct pkv_seq *sequence(struct pkv *kv, uint32_t max_tokens)
 {
@@ -84,26 +25,14 @@ static struct pkv_seq *sequence(struct pkv *kv, uint32_t max_tokens)
     return seq;
 }
 
-static int by_size(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double median(double *values, uint32_t count)
-{
-    qsort(values, count, sizeof(*values), by_size);
-    return values[count / 2];
-}
-
 /* Both sides spin: a daemon of its own, for a spinning one takes a processor from everything else. */
 static void figure_empty(struct bench *b)
 {
     enum { COUNT = 20001 };
     static double us[COUNT];
-    struct private d;
+    struct bench_daemon d;
     double seconds;
-    struct pkv *kv = daemon_start(b, &d, "64M", "64M", true, &seconds);
+    struct pkv *kv = bench_daemon_start(b, &d, "64M", "64M", true, &seconds);
     if (!kv)
         return;
     for (uint32_t i = 0; i < COUNT; i++) {
@@ -111,10 +40,10 @@ static void figure_empty(struct bench *b)
         pkv_ping(kv, &ns);
         us[i] = (double)ns * 1e-3;
     }
-    double value = median(us, COUNT);
+    double value = bench_median(us, COUNT);
     bench_add(b, &(struct figure){"served_empty", "us", NULL, value, 0, value, 5, false});
     pkv_close(kv);
-    daemon_stop(&d);
+    bench_daemon_stop(&d);
 }
 
 static void fill(uint16_t *to, uint64_t count)
@@ -144,7 +73,7 @@ static void figure_append(struct bench *b, struct pkv_seq *seq, uint32_t tokens,
             return;
         append[i] = bench_now() - begin;
     }
-    double ours = (double)bytes * 1e-9 / median(append, 5), peer = (double)bytes * 1e-9 / median(copy, 5);
+    double ours = (double)bytes * 1e-9 / bench_median(append, 5), peer = (double)bytes * 1e-9 / bench_median(copy, 5);
     bench_add(b, &(struct figure){"append_64k", "GB/s", "memcpy of the same bytes", ours, peer, ours / peer, 0.60, true});
     free(to);
 }
@@ -178,22 +107,11 @@ static void figure_served(struct bench *b, struct pkv *direct, struct pkv_seq *s
                 return;
             seconds[way][i] = bench_now() - begin;
         }
-    double d = median(seconds[0], ROUNDS), s = median(seconds[1], ROUNDS);
+    double d = bench_median(seconds[0], ROUNDS), s = bench_median(seconds[1], ROUNDS);
     if (memcmp(out[0], out[1], sizeof(out[0])))
         fprintf(stderr, "pivotkv: direct and served disagree\n");
     bench_add(b, &(struct figure){"served_128k", "ms", "direct", s * 1e3, d * 1e3, s / d, 1.5, false});
     pkv_close(served);
-}
-
-/* A number of `pivotkv stat`'s totals. */
-static uint64_t total(const char *socket, const char *name)
-{
-    struct cli cli = {.socket = socket, .timeout_ms = 5000};
-    int ignored;
-    json_t *stat = admin_request(&cli, json_pack("{s:s}", "verb", "stat"), &ignored);
-    uint64_t value = format_number(json_object_get(stat, "totals"), name);
-    json_decref(stat);
-    return value;
 }
 
 /* What the online audit takes of attend's time with its default settings, over a few samples. */
@@ -203,16 +121,17 @@ static void figure_audit(struct bench *b, struct pkv_seq *seq, const char *socke
     static float out[32 * 128];
     uint32_t one = 1;
     double begin = bench_now();
-    while (bench_now() - begin < 30 && total(socket, "samples") < 4)
+    while (bench_now() - begin < 30 && bench_total(socket, "totals", "samples") < 4)
         for (int i = 0; i < 200; i++)
             if (pkv_attend(&seq, &one, 1, 0, q, &budget, out, NULL, NULL))
                 return;
-    uint64_t samples = total(socket, "samples");
+    uint64_t samples = bench_total(socket, "totals", "samples");
     if (!samples) {
         bench_skip(b, "audit_128k", "no sample was complete after 30 s");
         return;
     }
-    double call_ms = (double)total(socket, "attend_call_ns") * 1e-6, taken = (double)total(socket, "sample_ns") * 1e-6;
+    double call_ms = (double)bench_total(socket, "totals", "attend_call_ns") * 1e-6,
+           taken = (double)bench_total(socket, "totals", "sample_ns") * 1e-6;
     fprintf(stderr, "audit_128k: %llu samples of %.1f ms beside %.0f ms of attend\n", (unsigned long long)samples,
             taken / (double)samples, call_ms);
     bench_add(b, &(struct figure){"audit_128k", "ms", "attend", taken, call_ms, taken / call_ms, 0.01, false});
@@ -220,12 +139,12 @@ static void figure_audit(struct bench *b, struct pkv_seq *seq, const char *socke
 
 static void figures_of_one_daemon(struct bench *b)
 {
-    struct private d;
+    struct bench_daemon d;
     double seconds;
     uint32_t tokens = CHUNK / b->scale;
     uint64_t count = (uint64_t)tokens * 8 * 128;
     uint16_t *k = malloc(count * sizeof(*k)), *v = malloc(count * sizeof(*v));
-    struct pkv *kv = k && v ? daemon_start(b, &d, "1G", "1G", false, &seconds) : NULL;
+    struct pkv *kv = k && v ? bench_daemon_start(b, &d, "1G", "1G", false, &seconds) : NULL;
     struct pkv_seq *seq = kv ? sequence(kv, 3 * CHUNK) : NULL;
     if (seq) {
         fill(k, count), fill(v, count);
@@ -241,7 +160,7 @@ static void figures_of_one_daemon(struct bench *b)
     }
     if (kv) {
         pkv_close(kv);
-        daemon_stop(&d);
+        bench_daemon_stop(&d);
     }
     free(k), free(v);
 }
@@ -269,7 +188,7 @@ static void figures_of_a_large_arena(struct bench *b)
 {
     uint64_t pool = 256ull << 20, arena = (8ull << 30) / b->scale;
     char arena_text[32];
-    struct private d;
+    struct bench_daemon d;
     double seconds;
     snprintf(arena_text, sizeof(arena_text), "%llu", (unsigned long long)arena);
     if (bench_available() < pool + arena + (1ull << 30)) {
@@ -277,7 +196,7 @@ static void figures_of_a_large_arena(struct bench *b)
         bench_skip(b, "daemon_rss", "not enough memory for an arena of 8 GiB");
         return;
     }
-    struct pkv *kv = daemon_start(b, &d, "256M", arena_text, false, &seconds);
+    struct pkv *kv = bench_daemon_start(b, &d, "256M", arena_text, false, &seconds);
     if (!kv)
         return;
     if (bench_wanted(b, "start_8g"))
@@ -294,7 +213,7 @@ static void figures_of_a_large_arena(struct bench *b)
                                       false});
     free(k);
     pkv_close(kv);
-    daemon_stop(&d);
+    bench_daemon_stop(&d);
 }
 
 void bench_service(struct bench *b)

@@ -17,7 +17,8 @@ static const struct verb verbs[] = {
     {"ls", cli_ls, "", "the sequences"},
     {"inspect", cli_inspect, "SEQ", "one sequence, layer by layer; SEQ as ls shows it"},
     {"doctor", cli_doctor, "", "whether this machine suits pivotkv, and what to do"},
-    {"bench", cli_bench, "host", "measures kernels and service; --only NAME,..., --scale N, --threads N, --daemon PATH"},
+    {"bench", cli_bench, "host | gpu",
+     "measures kernels and service; --only NAME,..., --scale N, --threads N, --daemon PATH, --peer SCRIPT (gpu)"},
 };
 #define VERBS (sizeof(verbs) / sizeof(verbs[0]))
 

@@ -111,5 +111,6 @@ int backend_batch_check(void *batch);
 int backend_batch_counters(void *batch, uint64_t *ret_hits, uint64_t *ret_misses);
 
 extern const struct gpu_backend gpu_cuda_backend;
+extern const struct gpu_lab_verbs gpu_cuda_lab;
 
 #endif

@@ -11,6 +11,7 @@ const struct gpu_module *pivotkv_cuda_module(void)
         .release = PKV_VERSION,
         .device = &cuda_device_verbs,
         .backend = &gpu_cuda_backend,
+        .lab = &gpu_cuda_lab,
     };
     return &module;
 }

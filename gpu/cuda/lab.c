@@ -1,0 +1,197 @@
+/* The lab (gpu/lab.h) on a device. */
+#include "gpu/cuda/backend.h"
+#include "gpu/cuda/fill.h"
+
+#include <stdlib.h>
+
+#define TAKEN_MAX  64u
+#define PEAK_BYTES (4ull << 30)
+#define COPY_BYTES (512ull << 20)
+#define ROUNDS     9
+
+struct gpu_lab {
+    struct backend *backend; /* its stream, its errors, its waits */
+    void *taken[TAKEN_MAX];
+    uint32_t count;
+};
+
+static int lab_close_part(struct gpu_lab *l)
+{
+    int r = backend_enter(l->backend);
+    for (uint32_t i = 0; i < l->count && !r; i++)
+        cudaFree(l->taken[i]);
+    return r ? r : backend_leave(l->backend, 0);
+}
+
+static void lab_close(struct gpu_lab *l)
+{
+    (void)lab_close_part(l);
+    gpu_cuda_backend.close(l->backend);
+    free(l);
+}
+
+static int lab_open(struct gpu_device *device, struct gpu_lab **ret)
+{
+    struct gpu_lab *l = calloc(1, sizeof(*l));
+    int r = l ? gpu_cuda_backend.open(device, (void **)&l->backend) : -PKV_ERR_NO_MEMORY;
+    if (r) {
+        free(l);
+        return r;
+    }
+    *ret = l;
+    return 0;
+}
+
+static void *lab_stream(struct gpu_lab *l)
+{
+    return l->backend->stream;
+}
+
+static int lab_take(struct gpu_lab *l, uint64_t bytes, void **ret)
+{
+    int r = l->count == TAKEN_MAX ? -PKV_ERR_NO_MEMORY : backend_enter(l->backend);
+    if (r)
+        return r;
+    r = backend_error(l->backend, cudaMalloc(ret, bytes));
+    if (!r)
+        l->taken[l->count++] = *ret;
+    return backend_leave(l->backend, r);
+}
+
+static int lab_fill(struct gpu_lab *l, void *to, uint64_t count, uint32_t seed, uint32_t noise_seed, float noise)
+{
+    struct cuda_fill f = {to, count, seed, noise_seed, noise};
+    int r = backend_enter(l->backend);
+    return r ? r : backend_leave(l->backend, cuda_fill_launch(&f, l->backend->stream));
+}
+
+static int lab_wait(struct gpu_lab *l)
+{
+    int r = backend_enter(l->backend);
+    return r ? r : backend_leave(l->backend, backend_wait(l->backend));
+}
+
+static int lab_capture(struct gpu_lab *l)
+{
+    int r = backend_enter(l->backend);
+    if (r)
+        return r;
+    r = backend_error(l->backend, cudaStreamBeginCapture(l->backend->stream, cudaStreamCaptureModeThreadLocal));
+    return backend_leave(l->backend, r);
+}
+
+static int lab_captured(struct gpu_lab *l, void **ret_graph)
+{
+    cudaGraph_t graph;
+    cudaGraphExec_t run;
+    int r = backend_enter(l->backend);
+    if (r)
+        return r;
+    r = backend_error(l->backend, cudaStreamEndCapture(l->backend->stream, &graph));
+    if (!r) {
+        r = backend_error(l->backend, cudaGraphInstantiate(&run, graph, 0));
+        cudaGraphDestroy(graph);
+    }
+    if (!r)
+        *ret_graph = run;
+    return backend_leave(l->backend, r);
+}
+
+/* Around what was launched since mark 0. */
+static int timed(struct backend *b, double *ret_us)
+{
+    float ms = 0;
+    int r = backend_error(b, cudaEventRecord(b->marks[1], b->stream));
+    r = r ? r : backend_wait(b);
+    r = r ? r : backend_error(b, cudaEventElapsedTime(&ms, b->marks[0], b->marks[1]));
+    *ret_us = ms * 1e3;
+    return r;
+}
+
+static int lab_replay(struct gpu_lab *l, void *graph, double *ret_us)
+{
+    struct backend *b = l->backend;
+    int r = backend_enter(b);
+    if (r)
+        return r;
+    r = backend_error(b, cudaEventRecord(b->marks[0], b->stream));
+    r = r ? r : backend_error(b, cudaGraphLaunch((cudaGraphExec_t)graph, b->stream));
+    return backend_leave(b, r ? r : timed(b, ret_us));
+}
+
+static void lab_graph_free(struct gpu_lab *l, void *graph)
+{
+    if (backend_enter(l->backend))
+        return;
+    cudaGraphExecDestroy((cudaGraphExec_t)graph);
+    (void)backend_leave(l->backend, 0);
+}
+
+static int by_size(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* Median of the rounds, as bytes a second. */
+static double rate(double *us, uint64_t bytes)
+{
+    qsort(us, ROUNDS, sizeof(*us), by_size);
+    return (double)bytes / us[ROUNDS / 2] * 1e6;
+}
+
+static int lab_read_peak(struct gpu_lab *l, double *ret)
+{
+    struct backend *b = l->backend;
+    char *memory = NULL;
+    double us[ROUNDS] = {0};
+    int r = backend_enter(b);
+    if (r)
+        return r;
+    r = backend_error(b, cudaMalloc((void **)&memory, PEAK_BYTES + 256));
+    for (int i = -1; i < ROUNDS && !r; i++) {
+        r = backend_error(b, cudaEventRecord(b->marks[0], b->stream));
+        r = r ? r : cuda_read_launch(memory, PEAK_BYTES, memory + PEAK_BYTES, b->stream);
+        r = r ? r : timed(b, &us[i < 0 ? 0 : i]);
+    }
+    cudaFree(memory);
+    *ret = rate(us, PEAK_BYTES);
+    return backend_leave(b, r);
+}
+
+static int lab_copy_peak(struct gpu_lab *l, bool to_device, double *ret)
+{
+    struct backend *b = l->backend;
+    char *device = NULL, *host = NULL;
+    double us[ROUNDS] = {0};
+    int r = backend_enter(b);
+    if (r)
+        return r;
+    r = backend_error(b, cudaMalloc((void **)&device, COPY_BYTES));
+    r = r ? r : backend_error(b, cudaHostAlloc((void **)&host, COPY_BYTES, cudaHostAllocDefault));
+    for (int i = -1; i < ROUNDS && !r; i++) {
+        r = backend_error(b, cudaEventRecord(b->marks[0], b->stream));
+        r = r ? r
+              : backend_error(b, cudaMemcpyAsync(to_device ? device : host, to_device ? host : device, COPY_BYTES,
+                                                 cudaMemcpyDefault, b->stream));
+        r = r ? r : timed(b, &us[i < 0 ? 0 : i]);
+    }
+    cudaFree(device), cudaFreeHost(host);
+    *ret = rate(us, COPY_BYTES);
+    return backend_leave(b, r);
+}
+
+const struct gpu_lab_verbs gpu_cuda_lab = {
+    .open = lab_open,
+    .close = lab_close,
+    .stream = lab_stream,
+    .take = lab_take,
+    .fill = lab_fill,
+    .wait = lab_wait,
+    .capture = lab_capture,
+    .captured = lab_captured,
+    .replay = lab_replay,
+    .graph_free = lab_graph_free,
+    .read_peak = lab_read_peak,
+    .copy_peak = lab_copy_peak,
+};
