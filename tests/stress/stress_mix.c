@@ -68,7 +68,9 @@ static void append(struct pkv *kv, struct mirror *m)
         if (r && !full(r))
             wrong(kv, "append", r);
         if (r) { /* the layers before have grown: all back */
-            r = pkv_seq_truncate(m->seq, m->tokens);
+            /* The tail may want a copy, for which there is room again within the bound of others' waits. */
+            for (int i = 0; full(r) && i < 100; i++)
+                r = pkv_seq_truncate(m->seq, m->tokens);
             if (r)
                 wrong(kv, "truncate after a full pool", r);
             return;
