@@ -1,10 +1,12 @@
 /* The transform of `code` from two moments: whiten by the queries' second moment, principal axes of the keys there, bits to the
  * dimension that gains most, uniform levels.
- *   C  the queries' second moment, shrunk toward a multiple of the identity; S  the keys' covariance, as it is
+ *   C  the queries' second moment, shrunk (below); S  the keys' covariance, as it is
  *   H = C^(1/2);  V, w: eigenvectors and values of H S H, largest first
  *   key side A = V' H, query side B = V' H^-1: (A (k - mean)) . (B q) = q . (k - mean), and the keys' channels are uncorrelated
  * Shrinking C gives rare directions of the queries some bits, without which single facts are not found again; shrinking S would
- * only widen the steps of the fine dimensions. */
+ * only widen the steps of the fine dimensions. At half a bit a dimension or more C shrinks toward the identity. Fewer bits
+ * retrieve only with far more shrinkage, which takes the common directions' bits if toward the identity, and few if toward
+ * S^(-1/2). */
 #include "gpu/scheme.h"
 
 #ifdef PKV_LAPACK
@@ -13,8 +15,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define SHRINK 0.3  /* of the queries' moment: .3 to .6 retrieved best at half a bit a dimension and more */
-#define FLOOR  1e-6 /* eigenvalues of C, relative to the largest */
+#define SHRINK     0.6  /* of the queries' moment, at half a bit a dimension and more */
+#define SHRINK_FEW 0.98 /* at fewer bits */
+#define FLOOR      1e-6 /* eigenvalues of C, relative to the largest */
+#define FLOOR_KEYS 1e-4 /* of S where it is what C shrinks toward */
 
 extern void dsyevd_(const char *jobz, const char *uplo, const int *n, double *a, const int *lda, double *w, double *work,
                     const int *lwork, int *iwork, const int *liwork, int *info);
@@ -73,18 +77,54 @@ static void moments(const struct gpu_scheme *s, uint64_t at, uint32_t layer, str
 {
     const struct scheme_moments *m = s->moments;
     uint32_t dim = x->dim, group = pkv_geom_group(&s->geom);
-    double keys = m->k_tokens[layer], queries = (double)m->q_tokens[layer] * group, trace = 0;
+    double keys = m->k_tokens[layer], queries = (double)m->q_tokens[layer] * group;
     const float *k = m->k + at * dim * dim, *q = m->q + at * dim * dim;
     const double *sum = m->k_sum + at * dim;
     for (uint32_t c = 0; c < dim; c++)
         for (uint32_t r = c; r < dim; r++) {
             uint64_t low = (uint64_t)c * dim + r, high = (uint64_t)r * dim + c;
-            x->c[low] = x->c[high] = (1 - SHRINK) * q[low] / queries;
+            x->c[low] = x->c[high] = q[low] / queries;
             x->s[low] = x->s[high] = k[low] / keys - sum[r] / keys * (sum[c] / keys);
-            trace += r == c ? q[low] / queries : 0;
         }
+}
+
+static double trace(const double *a, uint32_t dim)
+{
+    double sum = 0;
     for (uint32_t d = 0; d < dim; d++)
-        x->c[(uint64_t)d * dim + d] += SHRINK * trace / dim;
+        sum += a[(uint64_t)d * dim + d];
+    return sum;
+}
+
+/* What C shrinks toward, into x->h: the identity, or S^(-1/2). */
+static int target(struct solve *x, bool few)
+{
+    uint32_t dim = x->dim;
+    double f[PKV_HEAD_DIM_MAX];
+    if (few) {
+        memcpy(x->inverse, x->s, (uint64_t)dim * dim * sizeof(double));
+        int r = eigen(x, x->inverse);
+        if (r || x->w[dim - 1] <= 0)
+            return -PKV_ERR_NOT_FINITE;
+        for (uint32_t i = 0; i < dim; i++)
+            f[i] = 1 / sqrt(x->w[i] > FLOOR_KEYS * x->w[dim - 1] ? x->w[i] : FLOOR_KEYS * x->w[dim - 1]);
+        compose(x, x->inverse, f, x->h);
+        return 0;
+    }
+    memset(x->h, 0, (uint64_t)dim * dim * sizeof(double));
+    for (uint32_t d = 0; d < dim; d++)
+        x->h[(uint64_t)d * dim + d] = 1;
+    return 0;
+}
+
+static int shrink(struct solve *x, uint32_t bits)
+{
+    bool few = 2 * bits < x->dim;
+    int r = target(x, few);
+    double share = few ? SHRINK_FEW : SHRINK, scale = r ? 0 : share * trace(x->c, x->dim) / trace(x->h, x->dim);
+    for (uint64_t i = 0; i < (uint64_t)x->dim * x->dim && !r; i++)
+        x->c[i] = (1 - share) * x->c[i] + scale * x->h[i];
+    return r;
 }
 
 /* H and its inverse from C. */
@@ -149,7 +189,8 @@ int scheme_solve_layer(struct gpu_scheme *s, uint32_t layer)
     for (uint32_t h = 0; h < s->geom.kv_heads && !r; h++) {
         uint64_t at = (uint64_t)layer * s->geom.kv_heads + h;
         moments(s, at, layer, &x);
-        r = roots(&x);
+        r = shrink(&x, s->geom.sig_bits);
+        r = r ? r : roots(&x);
         if (r)
             break;
         product(x.dim, false, x.h, x.s, x.c);

@@ -173,6 +173,37 @@ static void test_early(void **state)
     free(k), free(q);
 }
 
+/* At a quarter of a bit a dimension a direction that queries rarely take is told from the others all the same. Keys vary alike
+ * in all channels; queries live in the first quarter of them, but for one in 50, which looks along the last channels. */
+static void test_few_bits(void **state)
+{
+    (void)state;
+    enum { WIDE = 128, RARE = 120 };
+    const struct pkv_geom wide = {.layers = 1, .q_heads = 1, .kv_heads = 1, .head_dim = WIDE, .dtype = PKV_F32, .sig_bits = 32};
+    float *k = test_floats(13, (uint64_t)TOKENS * WIDE), *q = test_floats(14, (uint64_t)TOKENS * WIDE);
+    for (uint64_t i = 0; i < (uint64_t)TOKENS * WIDE; i++) {
+        bool rare = i / WIDE % 50 == 0, channel = rare ? i % WIDE >= RARE : i % WIDE < WIDE / 4;
+        q[i] = channel ? q[i] : 0;
+        k[i] *= i % WIDE >= RARE ? 2 : 1;
+    }
+    struct gpu_scheme *s = NULL;
+    uint8_t digest[PKV_DIGEST_BYTES];
+    if (gpu_scheme_open(PKV_SCHEME_CODE, &wide, NULL, &s, digest) == -PKV_ERR_UNSUPPORTED)
+        skip();
+    show(s, 0, 0, TOKENS, k, NULL), show(s, 0, 0, TOKENS, NULL, q);
+    assert_int_equal(s->learnt[0], SCHEME_SOLVED);
+    double rare = 0, all = 0;
+    for (uint32_t i = 0; i < WIDE; i++)
+        for (uint32_t d = 0; d < WIDE; d++) {
+            double share = s->bits[i] * (double)s->k[0].weight[i * WIDE + d] * s->q[0].weight[i * WIDE + d];
+            all += share, rare += d >= RARE ? share : 0;
+        }
+    print_message("# of 32 bits, %.1f go to the rare directions\n", rare);
+    assert_true(fabs(all - 32) < 0.01 && rare > 4);
+    gpu_scheme_close(s);
+    free(k), free(q);
+}
+
 /* Vectors of `heads` heads at positions from `first` on; half-split pairs. */
 static float *with_rope(const float *x, uint64_t first, uint32_t tokens, uint32_t heads)
 {
@@ -350,7 +381,7 @@ int main(void)
         cmocka_unit_test(test_sign_meanwhile), cmocka_unit_test(test_positions),
         cmocka_unit_test(test_state),          cmocka_unit_test(test_nothing_to_solve),
         cmocka_unit_test(test_deferred),       cmocka_unit_test(test_early),
-        cmocka_unit_test(test_growth),
+        cmocka_unit_test(test_growth),         cmocka_unit_test(test_few_bits),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -7,7 +7,7 @@ first tokens (gpu/scheme_learn.c, gpu/scheme_solve.c), on as many as one likes, 
 
 Only moments are kept: two matrices a kv head. Vectors are turned by RoPE from their own position to a random one of the
 context that is to be served, since a prefix says nothing of the slow dimensions; the first 16 tokens of a text are left out,
-sinks being outliers. C is the queries' second moment, shrunk toward a multiple of the identity, S the keys' covariance.
+sinks being outliers. C is the queries' second moment, shrunk, S the keys' covariance.
 H = C^(1/2); V, w are the eigenvectors and values of H S H. Keys become V' H (k - mean), queries V' H^-1 q; bits go one by one
 to the dimension whose distortion falls most.
 """
@@ -24,8 +24,8 @@ from .schemes import meta, mix, rotate, rotation_signs
 
 SKIP = 16  # the first tokens of a text
 PIECE = 256  # tokens turned at a time
-SHRINK = 0.3  # of the queries' moment
-_FLOOR = 1e-6  # eigenvalues of C, relative to the largest
+SHRINK, SHRINK_FEW = 0.6, 0.98  # of the queries' moment; below half a bit a dimension, toward S^(-1/2)
+_FLOOR, _FLOOR_KEYS = 1e-6, 1e-4  # eigenvalues of C, and of S in S^(-1/2), relative to the largest
 _SIGN_MIN, _SIGN_MAX = 64, 4096  # keys that `sign` needs, and looks at
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -127,15 +127,15 @@ class Calibrator:
 
     # ---- code ----
 
-    def solve(self, layer: int, head: int, bits: int, shrink: float = SHRINK) -> dict[str, np.ndarray]:
-        """Maps [dim, dim], levels and bits [dim] of one kv head."""
+    def solve(self, layer: int, head: int, bits: int, shrink: float | None = None) -> dict[str, np.ndarray]:
+        """Maps [dim, dim], levels and bits [dim] of one kv head. shrink: None is what the service does."""
         k, q, g = self._k[layer], self._q[layer], self.geometry
         if not k.tokens or not q.tokens:
             raise ValueError(f"layer {layer} has seen {k.tokens} keys and {q.tokens} queries: feed both first")
         mean = k.sum[head] / k.tokens
         s = k.moment[head] / k.tokens - np.outer(mean, mean)
         c = q.moment[head] / (q.tokens * g.group)
-        c = (1 - shrink) * c + shrink * np.trace(c) / g.head_dim * np.eye(g.head_dim)
+        c = _shrunk(c, s, bits, shrink)
         values, vectors = np.linalg.eigh(c)
         if not values[-1] > 0:
             raise ValueError(f"layer {layer}: its queries are all zero")
@@ -150,7 +150,7 @@ class Calibrator:
         return {"k.weight": (v.T @ h).astype(np.float32), "q.weight": (v.T @ inverse).astype(np.float32),
                 "k.mean": mean.astype(np.float32), "k.low": low, "k.step": step, "k.bits": given.astype(np.uint8)}
 
-    def code(self, bits: int, shrink: float = SHRINK) -> dict[str, np.ndarray]:
+    def code(self, bits: int, shrink: float | None = None) -> dict[str, np.ndarray]:
         """Tensors of a file for `code`."""
         return self._stack(lambda layer, head: self.solve(layer, head, bits, shrink))
 
@@ -177,14 +177,30 @@ class Calibrator:
 
         return self._stack(of)
 
-    def write(self, path: str | os.PathLike, bits: int, *, scheme: str = "code", shrink: float = SHRINK,
+    def write(self, path: str | os.PathLike, bits: int, *, scheme: str = "code", shrink: float | None = None,
               about: About = About()) -> None:
         if bits % 32 or not 32 <= bits <= min(256, 4 * self.geometry.head_dim):
             raise ValueError(f"{bits} bits: 32 to 256, in steps of 32, at most 4 a head dimension")
         arrays = self.code(bits, shrink) if scheme == "code" else self.sign(bits)
         more = {**about.meta(), "tokens": str(self.tokens()), "context": str(self.context)}
-        more |= {"shrink": f"{shrink:g}"} if scheme == "code" else {}
+        share = shrinkage(bits, self.geometry.head_dim) if shrink is None else shrink
+        more |= {"shrink": f"{share:g}"} if scheme == "code" else {}
         tensors.write(path, arrays, meta(scheme, self.geometry, bits, more))
+
+
+def shrinkage(bits: int, dim: int) -> float:
+    """The service's."""
+    return SHRINK_FEW if 2 * bits < dim else SHRINK
+
+
+def _shrunk(c: np.ndarray, s: np.ndarray, bits: int, share: float | None) -> np.ndarray:
+    """The queries' moment toward the identity; below half a bit a dimension, toward S^(-1/2)."""
+    dim = len(c)
+    share, toward = shrinkage(bits, dim) if share is None else share, np.eye(dim)
+    if 2 * bits < dim:
+        values, vectors = np.linalg.eigh(s)
+        toward = vectors / np.sqrt(np.maximum(values, _FLOOR_KEYS * values[-1])) @ vectors.T
+    return (1 - share) * c + share * np.trace(c) / np.trace(toward) * toward
 
 
 def give_bits(w: np.ndarray, total: int) -> np.ndarray:

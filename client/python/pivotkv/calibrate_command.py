@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import replace
 
 from . import Rope, command
-from .calibrate import SHRINK, Calibrator
+from .calibrate import SHRINK, SHRINK_FEW, Calibrator
 from .recording import Reader, Recording, load_all, reader, save, service_cache
 
 NAME = "pivotkv-calibrate"
@@ -27,8 +27,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--out", type=pathlib.Path, help="the scheme file to write")
     p.add_argument("--scheme", choices=("code", "sign"), default="code")
     p.add_argument("--bits", type=command.positive, help="a token and kv head (one a head dimension)")
-    p.add_argument("--shrink", type=float, default=SHRINK,
-                   help="of the queries' moment toward a multiple of the identity, 0 to 1 (%(default)s)")
+    p.add_argument("--shrink", type=float, help=f"of the queries' moment, 0 to 1 ({SHRINK}; {SHRINK_FEW} below half a bit "
+                   "a head dimension)")
     p.add_argument("--context", type=command.positive, help="longest sequence to be served (131072)", default=131072)
     p.add_argument("--limit", type=command.positive, help="tokens that are looked at (all)")
     p.add_argument("--rope-base", type=float, help="instead of the recordings'; 0: keys carry no positions")
@@ -53,7 +53,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         p.error("--save-recording keeps one text")
     if not o.out and not o.save_recording:
         p.error("nothing to do: name --out or --save-recording")
-    if not 0 <= o.shrink <= 1:
+    if o.shrink is not None and not 0 <= o.shrink <= 1:
         p.error("--shrink is between 0 and 1")
     return o
 

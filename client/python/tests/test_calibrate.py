@@ -256,7 +256,7 @@ class CommandTest(unittest.TestCase):
             self.assertEqual(made[0], made[1])
             meta = tensors.File(folder / "c.safetensors").meta
             self.assertEqual([meta[n] for n in ("model", "model_digest", "text", "context", "shrink")],
-                             ["toy", "d1g", "noise", "9000", "0.3"])
+                             ["toy", "d1g", "noise", "9000", "0.6"])
             (folder / "bad.npz").write_bytes(b"PK nothing")
             (folder / "bad.safetensors").write_bytes(b"\xff" * 100)
             np.savez(folder / "other.npz", x=np.zeros(3))
