@@ -4,6 +4,7 @@ A fact is a sentence about an entity that no other fact of the text is about; it
 but reading can find it. A question is judged teacher-forced: every token of the answer must be the likeliest one."""
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass
 
@@ -28,53 +29,32 @@ MONTHS = ("January February March April May June July August September October N
 TRADES = "carpenter doctor painter lawyer sailor farmer teacher baker soldier dentist plumber tailor butcher pilot".split()
 
 
+# form: (question, how its answer begins, the answer); {} is the entity. A fact is the last two and a full stop.
+FORMS = {
+    "number": ("What is the secret code of {}?", "The secret code of {} is", lambda r: str(r.randrange(10000, 100000))),
+    "date": ("When was {} born?", "{} was born on",
+             lambda r: f"{r.choice(MONTHS)} {r.randrange(1, 29)}, {r.randrange(1700, 2000)}"),
+    "words": ("What is the password of {}?", "The password of {} is the phrase",
+              lambda r: f"{r.choice(COLOURS)} {r.choice(ANIMALS)}"),
+    "name": ("Who is the best friend of {}?", "The best friend of {} is called",
+             lambda r: f"{r.choice(PEOPLE)} {r.choice(SURNAMES)}"),
+    "cargo": ("What does the ship from {} carry?", "The ship from {} carries",
+              lambda r: f"{r.randrange(20, 990)} tons of {r.choice(FRUITS)}"),
+    "place": ("Where was the stolen {} found?", "The stolen {} was found in the city of", lambda r: r.choice(CITIES)),
+    "trade": ("What was the trade of the old {}?", "The old {} worked all his life as a", lambda r: r.choice(TRADES)),
+}
+
+
 @dataclass(frozen=True)
 class Needle:
     form: str
-    fact: str  # a sentence
     question: str
-    answer: str  # what follows the question, from its leading space on
+    lead: str  # how the answer begins
+    answer: str
 
-
-def _number(r: random.Random, city: str) -> Needle:
-    code = str(r.randrange(10000, 100000))
-    return Needle("number", f"The secret code of {city} is {code}.",
-                  f"What is the secret code of {city}? The secret code of {city} is", f" {code}")
-
-
-def _year(r: random.Random, name: str) -> Needle:
-    day = f"{r.choice(MONTHS)} {r.randrange(1, 29)}, {r.randrange(1700, 2000)}"
-    return Needle("date", f"{name} was born on {day}.", f"When was {name} born? {name} was born on", f" {day}")
-
-
-def _animal(r: random.Random, name: str) -> Needle:
-    words = f"{r.choice(COLOURS)} {r.choice(ANIMALS)}"
-    return Needle("words", f"The password of {name} is the phrase {words}.",
-                  f"What is the password of {name}? The password of {name} is the phrase", f" {words}")
-
-
-def _friend(r: random.Random, name: str) -> Needle:
-    other = f"{r.choice(PEOPLE)} {r.choice(SURNAMES)}"
-    return Needle("name", f"The best friend of {name} is called {other}.",
-                  f"Who is the best friend of {name}? The best friend of {name} is called", f" {other}")
-
-
-def _cargo(r: random.Random, city: str) -> Needle:
-    load = f"{r.randrange(20, 990)} tons of {r.choice(FRUITS)}"
-    return Needle("cargo", f"The ship from {city} carries {load}.",
-                  f"What does the ship from {city} carry? The ship from {city} carries", f" {load}")
-
-
-def _place(r: random.Random, thing: str) -> Needle:
-    city = r.choice(CITIES)
-    return Needle("place", f"The stolen {thing} was found in the city of {city}.",
-                  f"Where was the stolen {thing} found? The stolen {thing} was found in the city of", f" {city}")
-
-
-def _trade(r: random.Random, name: str) -> Needle:
-    trade = r.choice(TRADES)
-    return Needle("trade", f"The old {name} worked all his life as a {trade}.",
-                  f"What was the trade of the old {name}? The old {name} worked all his life as a", f" {trade}")
+    @property
+    def fact(self) -> str:
+        return f"{self.lead} {self.answer}."
 
 
 def draw(count: int, seed: int) -> list[Needle]:
@@ -83,14 +63,15 @@ def draw(count: int, seed: int) -> list[Needle]:
     cities, people, surnames, things = (r.sample(x, len(x)) for x in (CITIES, PEOPLE, SURNAMES, THINGS))
     names = [f"{p} {r.choice(SURNAMES)}" for p in people]
     half, third = len(cities) // 2, len(names) // 3
-    pools = [(_number, cities[:half]), (_year, names[:third]), (_animal, names[third: 2 * third]), (_friend, names[2 * third:]),
-             (_cargo, cities[half:]), (_place, things), (_trade, surnames)]
+    entities = {"number": cities[:half], "date": names[:third], "words": names[third: 2 * third], "name": names[2 * third:],
+                "cargo": cities[half:], "place": things, "trade": surnames}
     needles = []
-    for i in range(count):
-        make, entities = pools[i % len(pools)]
-        if not entities:
+    for form in itertools.islice(itertools.cycle(FORMS), count):
+        if not entities[form]:
             raise ValueError(f"{count} needles are more than there are entities for")
-        needles.append(make(r, entities.pop()))
+        question, lead, answer = FORMS[form]
+        entity = entities[form].pop()
+        needles.append(Needle(form, question.format(entity), lead.format(entity), answer(r)))
     r.shuffle(needles)
     return needles
 

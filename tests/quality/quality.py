@@ -92,30 +92,20 @@ class Judge:
             if s.kind not in IN_NUMPY:
                 self.add("perplexity", name, s, perplexity.through_service(self.kv, self.subject, kept, s, name, 1000))
 
-    def needles(self, names: list[str]) -> None:
+    def needles(self, name: str) -> None:
         import retrieval
         budgets = tuple(int(k) for k in self.options.budgets.split(",")) if self.options.budgets else retrieval.BUDGETS
-        exams = [retrieval.Exam(self.subject, self.texts, name, self.options.needles, SEEDS.get(name, 0)) for name in names]
-        all_needles = [n for exam in exams for n in exam.needles]
-        full = [ok for exam in exams for ok in exam.full()]
-        text = "+".join(names)
+        exam = retrieval.Exam(self.subject, self.texts, name, self.options.needles, SEEDS.get(name, 0))
+        full = exam.full()
         for s in self.signatures:
-            found: dict[int, list[bool]] = {k: [] for k in budgets}
-            for exam in exams:
-                for k, right in exam.selected(self.kv, s, budgets).items():
-                    found[k] += right
-            values = {"full": retrieval.accuracy(full), **{str(k): retrieval.accuracy(right) for k, right in found.items()}}
-            self.add("needles", text, s, values, {
-                "needles": len(full), "against_full": {str(k): retrieval.against(full, right) for k, right in found.items()},
-                "by_form": {"full": retrieval.by_form(all_needles, full),
-                            **{str(k): retrieval.by_form(all_needles, right) for k, right in found.items()}}})
+            right = {"full": full} | {str(k): r for k, r in exam.selected(self.kv, s, budgets).items()}
+            self.add("needles", name, s, {k: retrieval.accuracy(r) for k, r in right.items()},
+                     {"right": {k: "".join("01"[ok] for ok in r) for k, r in right.items()},
+                      "forms": [n.form for n in exam.needles]})
 
     def run(self) -> None:
         names = self.options.texts.split(",")
         for what in self.options.what:
-            if what == "needles":
-                self.needles(names)
-                continue
             if what == "perplexity" and self.subject.name != "smollm2":
                 raise ValueError("perplexity is judged on smollm2, where the selection is in every layer")
             for name in names:

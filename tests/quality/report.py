@@ -7,6 +7,8 @@ import json
 import pathlib
 import sys
 
+from retrieval import accuracy, against
+
 TITLES = {"mass": "Probability mass covered / relative error of the attention output", "perplexity": "Perplexity",
           "needles": "Needles found, all tokens of the answer right"}
 
@@ -14,13 +16,31 @@ TITLES = {"mass": "Probability mass covered / relative error of the attention ou
 def write(results: list[dict], folder: pathlib.Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
-    for key, group in grouped(results).items():
+    for key, group in grouped(pooled(results) + results).items():
         parts.append(f"## {TITLES[key[0]]}: {key[1]}, {key[2]}\n\n{table(group)}")
     page = "# Selection quality\n\n" + "\n".join(parts)
     (folder / "quality.md").write_text(page)
     (folder / "quality.json").write_text(json.dumps(results, indent=1) + "\n")
-    plots(results, folder)
+    plots(pooled(results) + results, folder)
     return page
+
+
+def pooled(results: list[dict]) -> list[dict]:
+    """Needles of all texts of a model together, and how far each budget is from full attention, needle by needle."""
+    groups: dict[tuple, list[dict]] = {}
+    for r in results:
+        if r["what"] == "needles" and "right" in r:
+            groups.setdefault((r["model"], r["signature"]), []).append(r)
+    pools = []
+    for (model, _), group in groups.items():
+        names = [r["text"] for r in group]
+        if len(names) > 1:
+            right = {k: "".join(r["right"][k] for r in group) for k in group[0]["right"] if all(k in r["right"] for r in group)}
+            full = [c == "1" for c in right["full"]]
+            values = {k: accuracy([c == "1" for c in oks]) for k, oks in right.items()}
+            pools.append(group[0] | {"text": f"{len(full)} in {', '.join(names)}", "values": values, "against": {
+                k: against(full, [c == "1" for c in oks]) for k, oks in right.items() if k != "full"}})
+    return pools
 
 
 def grouped(results: list[dict]) -> dict[tuple, list[dict]]:
@@ -35,18 +55,19 @@ def table(group: list[dict]) -> str:
     lines = ["| signature | B per token and KV head | " + " | ".join(f"k={k}" if k.isdigit() else k for k in budgets) + " |",
              "|---" * (2 + len(budgets)) + "|"]
     for r in group:
-        cells = [cell(r["what"], r["values"].get(k), r["values"].get("full")) for k in budgets]
+        cells = [cell(r["what"], r["values"].get(k), r["values"].get("full"), r.get("against", {}).get(k)) for k in budgets]
         lines.append(f"| {r['signature']} | {r['bytes'] or '-'} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def cell(what: str, value, full) -> str:
+def cell(what: str, value, full, difference) -> str:
     if value is None:
         return ""
     if what == "mass":
         return f"{value[0]:.3f} / {value[1]:.3f}"
     if what == "needles":
-        return f"{value[0]:.3f} +- {value[1]:.3f}"
+        apart = f" (full {difference[0]:+.3f} +- {difference[1]:.3f})" if difference else ""
+        return f"{value[0]:.3f} +- {value[1]:.3f}{apart}"
     return f"{value:.3f}" + (f" ({value / full - 1:+.1%})" if value is not full else "")
 
 
@@ -70,7 +91,7 @@ def plots(results: list[dict], folder: pathlib.Path) -> None:
         axes.set_xticks(budgets, [str(k) for k in budgets])
         axes.grid(True, which="both", alpha=0.3)
         axes.legend(fontsize=8)
-        figure.savefig(folder / f"{what}-{model}-{text}.png", dpi=110, metadata={"Software": None})
+        figure.savefig(folder / f"{what}-{model}-{text.split(' ')[0]}.png", dpi=110, metadata={"Software": None})
         pyplot.close(figure)
 
 

@@ -1,7 +1,6 @@
 """Retrieval: questions about the needles of a long text, each asked as if it followed the text alone."""
 from __future__ import annotations
 
-import collections
 import math
 from dataclasses import dataclass
 
@@ -27,8 +26,8 @@ class Question:
 
     @staticmethod
     def of(encode, needle: needles.Needle) -> "Question":
-        answer = encode(needle.answer)
-        return Question(encode(f"\n\n{needle.question}") + answer[:-1], answer)
+        answer = encode(f" {needle.answer}")
+        return Question(encode(f"\n\nQuestion: {needle.question}\nAnswer: {needle.lead}") + answer[:-1], answer)
 
 
 class Exam:
@@ -84,10 +83,3 @@ def against(full: list[bool], right: list[bool]) -> tuple[float, float]:
     """Mean and standard error of the difference, needle by needle: the same needles were asked."""
     difference = np.array(right, float) - np.array(full, float)
     return float(difference.mean()), float(difference.std() / math.sqrt(len(difference)))
-
-
-def by_form(exams_needles: list[needles.Needle], right: list[bool]) -> dict[str, float]:
-    found = collections.defaultdict(list)
-    for needle, ok in zip(exams_needles, right):
-        found[needle.form].append(ok)
-    return {form: sum(oks) / len(oks) for form, oks in sorted(found.items())}
