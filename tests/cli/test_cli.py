@@ -88,6 +88,7 @@ class Daemon(unittest.TestCase):
             for flags, word in ((["--nothing"], "not a flag"), (["--pool-bytes"], "needs a value"),
                                 (["--pool-bytes", "12X"], "pool-bytes"), (["--pool-bytes", "1"], "from"),
                                 (["--chunk-bytes", "3M"], "power of two"), (["--io", "fast"], "auto uring epoll"),
+                                (["--backend", "tpu"], "host cuda auto"), (["--device", "x" * 300], "longer than 255 bytes"),
                                 (["--audit-ppm", "1000001"], "from 0 to 1000000"),
                                 (["--audit-alarm-ppm", "much"], "audit-alarm-ppm"),
                                 (["--config", str(config)], "pool-bytes"), (["--config", str(other)], "not a setting"),

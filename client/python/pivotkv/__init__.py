@@ -104,9 +104,13 @@ def version() -> str:
 
 
 def connect(path: str | None = None, *, threads: int = 0, served: bool = False, tenant: str | None = None,
-            label: str | None = None, timeout_ms: int = 0, data_bytes: int = 0, isa: str | None = None) -> Connection:
-    """Attaches to the daemon on socket `path` (default: $PIVOTKV_SOCKET, then this user's default path)."""
-    return Connection(path, threads, served, tenant, label, timeout_ms, data_bytes, isa)
+            label: str | None = None, timeout_ms: int = 0, data_bytes: int = 0, isa: str | None = None,
+            backend: str | None = None, device: int | None = None) -> Connection:
+    """Attaches to the daemon on socket `path` (default: $PIVOTKV_SOCKET, then this user's default path).
+
+    `backend`: "host" or "cuda"; None takes the daemon's, and is served where this process cannot use that. `device`: number of
+    the GPU in this process; None takes the one that the daemon gives."""
+    return Connection(path, threads, served, tenant, label, timeout_ms, data_bytes, isa, backend, device)
 
 
 def _text(value: str | None) -> bytes | None:
@@ -134,10 +138,10 @@ class _Handle:
 
 
 class Connection(_Handle):
-    def __init__(self, path, threads, served, tenant, label, timeout_ms, data_bytes, isa):
+    def __init__(self, path, threads, served, tenant, label, timeout_ms, data_bytes, isa, backend=None, device=None):
         options = _library.Options(size=c.sizeof(_library.Options), flags=1 if served else 0, tenant=_text(tenant),
                                    label=_text(label), threads=threads, timeout_ms=timeout_ms, data_bytes=data_bytes,
-                                   isa=_text(isa))
+                                   isa=_text(isa), backend=_text(backend), device=0 if device is None else device + 1)
         pointer = c.c_void_p()
         status = _lib.pkv_connect(_text(path), c.byref(options), c.byref(pointer))
         if status < 0:
@@ -152,6 +156,10 @@ class Connection(_Handle):
     def check(self, status: int) -> None:
         if status < 0:
             raise Error(-status, _lib.pkv_error(self._live()).decode())
+
+    def describe(self) -> str:
+        """How the connection attends: "direct on cuda NVIDIA H100 ...", "served: <why>; host avx512, 2 threads"."""
+        return _lib.pkv_describe(self._live()).decode()
 
     def ping(self) -> int:
         """Nanoseconds of one round trip."""

@@ -56,6 +56,16 @@ class ServiceTest(unittest.TestCase):
                     np.testing.assert_allclose(out, exact(k, v, q), rtol=0, atol=tolerance)
                     self.assertEqual(lse.shape, (3, Q))
 
+    def test_backends(self):
+        with pivotkv.connect(self.daemon.socket, threads=1) as kv:
+            self.assertIn("direct on host", kv.describe())
+        with pivotkv.connect(self.daemon.socket, threads=1, served=True, backend="host") as kv:
+            self.assertTrue(kv.describe().startswith("served"))
+        for backend, number in (("cuda", errno.EPROTO), ("vulkan", errno.EOPNOTSUPP)):
+            with self.assertRaises(pivotkv.Error) as caught:
+                pivotkv.connect(self.daemon.socket, backend=backend)
+            self.assertEqual(caught.exception.errno, number)
+
     def test_select_audit_fork(self):
         with pivotkv.connect(self.daemon.socket, threads=1) as kv:
             model = kv.model("m", layers=LAYERS, q_heads=Q, kv_heads=KV, head_dim=DIM, dtype="f32")
