@@ -10,7 +10,7 @@ import time
 
 
 class PrivateDaemon:
-    def __init__(self, binary: pathlib.Path, *, pool_bytes: int, arena_bytes: int, threads: int = 1):
+    def __init__(self, binary: pathlib.Path, *, pool_bytes: int, arena_bytes: int, threads: int = 1, flags: tuple = ()):
         if not binary.exists():
             raise FileNotFoundError(f"{binary} is not built: run make")
         self._folder = tempfile.TemporaryDirectory(prefix="pivotkv-")
@@ -20,7 +20,7 @@ class PrivateDaemon:
         self._log = open(folder / "log", "w+b")
         self._process = subprocess.Popen(
             [str(binary), "--socket", self.socket, "--pool-bytes", str(pool_bytes), "--arena-bytes", str(arena_bytes),
-             "--threads", str(threads)],
+             "--threads", str(threads), *flags],
             stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             self._wait_ready()
