@@ -121,7 +121,11 @@ class Batch:
         except Error:  # what has not ended, or met NaN, goes with its sequences
             pass
         for sequence in self.sequences:
-            sequence.close()
+            try:
+                sequence.close()
+            except Error as error:
+                if error.errno != errno.ECONNRESET:  # a daemon that is gone took them along
+                    raise
         self.sequences, self.tokens, self._pass, self._broken = [], [], None, None
 
     def close(self) -> None:

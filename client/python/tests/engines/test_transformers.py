@@ -317,7 +317,7 @@ class LifeTest(Fixture):
                 for _ in range(2):
                     with self.assertRaises(pivotkv.Error):
                         model(torch.tensor([[1]]), past_key_values=cache)
-            del cache
+                cache.close()
 
     def test_crop(self):
         model, inputs = tiny.model(), prompts([50, 40])
