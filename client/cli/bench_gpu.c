@@ -320,7 +320,8 @@ static double hit_rate(const struct lab *x, struct text *t, double *ret_us)
 
 /* Queries that drift around one: their selections overlap, and the cache holds little more than one of them. The wider the
  * drift, the fewer hits: it is chosen so that they are `wanted`. */
-static void figure_cached(const struct lab *x, struct text *t, const char *name, double wanted, double goal)
+static void figure_cached(const struct lab *x, struct text *t, const char *name, const char *stream_name, double wanted,
+                          double goal)
 {
     const char *peer_name;
     double peer = peer_us(x, 1, t->tokens, &peer_name), us = 0, rate = 0, low = 0, high = 2;
@@ -335,10 +336,15 @@ static void figure_cached(const struct lab *x, struct text *t, const char *name,
     if (!ok)
         return;
     fprintf(stderr, "%s: %.1f %% of the rows in the arena were found in the cache\n", name, 100 * rate);
-    if (rate > wanted - 0.03 && rate < wanted + 0.03)
-        bench_add(x->bench, &(struct figure){name, "us", peer_name, us, peer, peer / us, goal, true});
-    else
+    if (rate < wanted - 0.03 || rate > wanted + 0.03) {
         bench_skip(x->bench, name, "no drift of the queries gave that hit rate");
+        return;
+    }
+    double stream = (double)t->tokens * ROW_BYTES / x->to_device * 1e6;
+    bench_add(x->bench, &(struct figure){name, "us", peer_name, us, peer, peer / us, goal, true});
+    if (stream_name)
+        bench_add(x->bench, &(struct figure){stream_name, "us", "streaming K and V at the copy peak", us, stream, stream / us,
+                                             300, true});
 }
 
 static void figures_arena(const struct lab *x, struct pkv *kv)
@@ -349,11 +355,11 @@ static void figures_arena(const struct lab *x, struct pkv *kv)
         double stream = (double)t.tokens * ROW_BYTES / x->to_device * 1e6;
         if (us > 0)
             bench_add(x->bench, &(struct figure){"arena_1m", "us", "streaming K and V at the copy peak", us, stream,
-                                                 stream / us, 300, true});
+                                                 stream / us, 1, true});
         if (t.batch)
             (void)batch_close(&t);
-        figure_cached(x, &t, "arena_1m_80", 0.8, 1);
-        figure_cached(x, &t, "arena_1m_90", 0.9, 5);
+        figure_cached(x, &t, "arena_1m_80", NULL, 0.8, 1);
+        figure_cached(x, &t, "arena_1m_90", "arena_1m_90_stream", 0.9, 5);
         if (bench_wanted(x->bench, "dense_arena"))
             figure_dense_arena(x, &t);
     }
