@@ -201,6 +201,11 @@ class Service(unittest.TestCase):
                               capture_output=True, text=True, timeout=60, check=False)
         self.assertEqual((done.stdout, done.stderr), ("{", ""))
 
+    def test_bench_without_a_gpu(self):
+        done = run("bench", "gpu", env={"PIVOTKV_CUDA_MODULE": "/nonexistent"})
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("no GPU to measure", done.stderr)
+
     def test_bench(self):
         done = run("bench", "host", "--scale", "32", "--format", "json", "--daemon", DAEMON)
         self.assertEqual(done.returncode, GOOD, done.stderr)

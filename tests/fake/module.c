@@ -458,14 +458,19 @@ static void streams_go_on(struct fake_batch *b)
     }
 }
 
+static int batch_check(void *b)
+{
+    streams_go_on(b);
+    return get(&f()->lost) ? -PKV_ERR_GPU_LOST : 0;
+}
+
 static int batch_end(void *b, uint32_t slot, uint64_t epoch, void *stream)
 {
     struct fake_batch *batch = b;
     (void)stream;
     batch->bad_at[slot] = batch->bad;
     batch->epoch[slot] = epoch;
-    streams_go_on(batch);
-    return 0;
+    return batch_check(batch);
 }
 
 static bool batch_bad(void *b, uint32_t slot)
@@ -489,12 +494,6 @@ static int batch_page(void *b, void *base, uint64_t *ret)
 static bool batch_captures(void *b, void *stream)
 {
     return gpu_batch_captures(((struct fake_batch *)b)->host, stream);
-}
-
-static int batch_check(void *b)
-{
-    streams_go_on(b);
-    return 0;
 }
 
 static int batch_counters(void *b, uint64_t *hits, uint64_t *misses)

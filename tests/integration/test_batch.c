@@ -351,6 +351,29 @@ static void test_places_wait_for_steps(void **state)
     start_with("16M");
 }
 
+/* The device is lost under steps in flight: each call says so, nothing waits, closing frees this side. */
+static void test_lost_device(void **state)
+{
+    (void)state;
+    struct pkv *kv = attach_for(5000);
+    struct pkv_seq *seq = create(kv, open_model(kv), 60, 0);
+    struct pkv_budget b = budget(20);
+    struct pkv_batch *batch;
+    float out[QUERY], lse[Q_HEADS];
+    GOOD(kv, pkv_batch_open(&seq, 1, &b, NULL, &batch));
+    faults->steps_hang = 1;
+    GOOD(kv, step(batch, k + 60 * ROW, v + 60 * ROW, q, out, lse, 0, 0));
+    faults->lost = 1;
+    assert_int_equal(pkv_batch_wait(batch), -ENOTRECOVERABLE);
+    assert_int_equal(pkv_batch_wait(batch), -ENOTRECOVERABLE);
+    assert_int_equal(append_all(seq, k, v, 1), -EBUSY);
+    assert_int_equal(pkv_batch_close(batch), -ENOTRECOVERABLE);
+    pkv_close(kv);
+    test_daemon_kill(&daemon_); /* it ends by itself too: tests/integration/test_gpu.c */
+    faults->lost = faults->steps_hang = 0;
+    start_with("16M");
+}
+
 static void test_death_of_the_daemon(void **state)
 {
     (void)state;
@@ -386,8 +409,9 @@ int main(void)
         /* with streams that the test can hold, on the fake GPU alone */
         cmocka_unit_test(test_streams_that_hang),
         cmocka_unit_test(test_places_wait_for_steps),
+        cmocka_unit_test(test_lost_device),
     };
     const char *backend = getenv("PIVOTKV_TEST_BACKEND");
-    size_t count = sizeof(tests) / sizeof(tests[0]) - (backend && !strcmp(backend, "cuda") ? 0 : 2);
+    size_t count = sizeof(tests) / sizeof(tests[0]) - (backend && !strcmp(backend, "cuda") ? 0 : 3);
     return _cmocka_run_group_tests("batch", tests, count, start, stop);
 }
