@@ -8,7 +8,8 @@
  *
  * Failures, and what becomes of them:
  *   no places for the new tokens       what is in flight is waited for and sealed, once; then begin fails, nothing has changed
- *   all slots in flight                begin waits for the oldest, with the connection's bound: TIMEOUT
+ *   all slots in flight                begin waits for one, with the connection's bound: TIMEOUT. Slots are shared by a
+ *                                      connection's batches; each looks after the others' steps that have ended
  *   a step meets NaN                   found when it has ended: its tokens and all later ones are taken back, begin or wait
  * says so a sequence destroyed elsewhere     begin: STALE; its places stay until the steps that read them have ended signatures
  * made anew               begin: BATCH_STALE, for the device works with a copy of the scheme, captured by value the stream
@@ -282,26 +283,35 @@ static int reserve(struct pkv_batch *b)
     return r;
 }
 
+/* Slots are the connection's: other batches hold some. */
+static bool slot_free(const struct pkv_batch *b, uint32_t slot)
+{
+    for (const struct pkv_batch *o = b->kv->batches; o; o = o->next)
+        if (o->steps[slot].flying || (o->open && o->slot == slot))
+            return false;
+    return ended(b, slot);
+}
+
 static int slot_take(struct pkv_batch *b, uint32_t *ret)
 {
-    for (int look = 0; look < 2; look++) {
-        /* Slots are the connection's: another batch may hold some. */
-        for (uint32_t i = 1; i < PKV_EPOCH_SLOTS; i++) {
-            bool flying = false;
-            for (const struct pkv_batch *o = b->kv->batches; o; o = o->next)
-                flying |= o->steps[i].flying || (o->open && o->slot == i);
-            if (flying || !ended(b, i))
-                continue;
-            *ret = i;
-            return 0;
-        }
-        uint32_t slot = oldest(b);
-        int r = look || !slot ? -PKV_ERR_TIMEOUT : wait_slot(b, slot);
-        r = r ? r : reap(b);
+    uint64_t begin = clock_ns();
+    for (;;) {
+        int r = reap(b);
+        for (struct pkv_batch *o = b->kv->batches; o; o = o->next)
+            if (o != b)
+                (void)batch_busy(o); /* looks after steps of it that have ended */
+        for (uint32_t i = 1; i < PKV_EPOCH_SLOTS && !r; i++)
+            if (slot_free(b, i)) {
+                *ret = i;
+                return 0;
+            }
+        r = r ? r : gpu_batch_check(b->gpu);
         if (r)
             return r;
+        if (clock_ns() - begin > b->kv->timeout_ms * 1000000ull)
+            return -PKV_ERR_TIMEOUT;
+        nanosleep(&(struct timespec){0, SLEEP_NS}, NULL);
     }
-    return -PKV_ERR_TIMEOUT;
 }
 
 static int begin(struct pkv_batch *b, void *stream)

@@ -210,6 +210,31 @@ static void test_order_of_calls(void **state)
     pkv_close(kv);
 }
 
+/* More batches than slots, all of them at work: what one leaves behind does not stand in the others' way. */
+static void test_many_batches(void **state)
+{
+    (void)state;
+    enum { COUNT = 10 };
+    struct pkv *kv = attach_for(500);
+    struct pkv_model *model = open_model(kv);
+    struct pkv_seq *seqs[COUNT];
+    struct pkv_batch *batches[COUNT];
+    struct pkv_budget b = budget(20);
+    float out[QUERY], lse[Q_HEADS];
+    for (uint32_t i = 0; i < COUNT; i++) {
+        seqs[i] = create(kv, model, 60, 0);
+        GOOD(kv, pkv_batch_open(&seqs[i], 1, &b, NULL, &batches[i]));
+    }
+    for (uint32_t t = 60; t < 70; t++)
+        for (uint32_t i = 0; i < COUNT; i++)
+            GOOD(kv, step(batches[i], k + t * ROW, v + t * ROW, q, out, lse, 0, 0));
+    for (uint32_t i = 0; i < COUNT; i++) {
+        GOOD(kv, pkv_batch_wait(batches[i]));
+        assert_exact(kv, seqs[i], k, v, q, 70);
+    }
+    pkv_close(kv); /* with the batches open */
+}
+
 static void test_limits(void **state)
 {
     (void)state;
@@ -402,6 +427,7 @@ int main(void)
         cmocka_unit_test(test_same_bits),
         cmocka_unit_test(test_blocks_leave_the_pool),
         cmocka_unit_test(test_order_of_calls),
+        cmocka_unit_test(test_many_batches),
         cmocka_unit_test(test_limits),
         cmocka_unit_test(test_not_finite),
         cmocka_unit_test(test_stale),
