@@ -16,7 +16,7 @@
 #include <string.h>
 
 #define SHRINK     0.6  /* of the queries' moment, at half a bit a dimension and more */
-#define SHRINK_FEW 0.98 /* at fewer bits */
+#define SHRINK_FEW 0.95 /* at fewer bits */
 #define FLOOR      1e-6 /* eigenvalues of C, relative to the largest */
 #define FLOOR_KEYS 1e-4 /* of S where it is what C shrinks toward */
 

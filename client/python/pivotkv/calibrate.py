@@ -24,7 +24,7 @@ from .schemes import meta, mix, rotate, rotation_signs
 
 SKIP = 16  # the first tokens of a text
 PIECE = 256  # tokens turned at a time
-SHRINK, SHRINK_FEW = 0.6, 0.98  # of the queries' moment; below half a bit a dimension, toward S^(-1/2)
+SHRINK, SHRINK_FEW = 0.6, 0.95  # of the queries' moment; below half a bit a dimension, toward S^(-1/2)
 _FLOOR, _FLOOR_KEYS = 1e-6, 1e-4  # eigenvalues of C, and of S in S^(-1/2), relative to the largest
 _SIGN_MIN, _SIGN_MAX = 64, 4096  # keys that `sign` needs, and looks at
 _GOLDEN = 0x9E3779B97F4A7C15
