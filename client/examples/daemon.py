@@ -1,4 +1,6 @@
-"""A private pivotkvd for a demo or a test: its own folder, its own socket, ended by the process that started it."""
+"""A private pivotkvd for a demo or a test: its own folder, its own socket, ended by the process that started it, or with it.
+
+The thread that starts it must live as long: the kernel takes that thread's end for the parent's."""
 from __future__ import annotations
 
 import os
@@ -7,6 +9,10 @@ import socket
 import subprocess
 import tempfile
 import time
+
+
+# A parent that is killed leaves no daemon, and none of its memory, behind.
+WITH_PARENT = ("setpriv", "--pdeathsig", "TERM", "--")  # of util-linux, which every Debian and Ubuntu has
 
 
 class PrivateDaemon:
@@ -19,8 +25,8 @@ class PrivateDaemon:
         (folder / "run").mkdir(mode=0o700)
         self._log = open(folder / "log", "w+b")
         self._process = subprocess.Popen(
-            [str(binary), "--socket", self.socket, "--pool-bytes", str(pool_bytes), "--arena-bytes", str(arena_bytes),
-             "--threads", str(threads), *flags],
+            [*WITH_PARENT, str(binary), "--socket", self.socket, "--pool-bytes", str(pool_bytes),
+             "--arena-bytes", str(arena_bytes), "--threads", str(threads), *flags],
             stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             self._wait_ready()

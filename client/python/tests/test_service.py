@@ -2,7 +2,10 @@
 import errno
 import os
 import pathlib
+import signal
 import subprocess
+import sys
+import time
 import unittest
 
 import numpy as np
@@ -24,6 +27,28 @@ def exact(k, v, q):
             weights = np.exp(scores - scores.max())
             out[i, h] = weights @ v[:sees, h * KV // Q] / weights.sum()
     return out
+
+
+class PrivateDaemonTest(unittest.TestCase):
+    def test_ends_with_a_killed_parent(self):
+        start = ("import os, pathlib, signal; from daemon import PrivateDaemon\n"
+                 "d = PrivateDaemon(pathlib.Path(os.environ['PIVOTKVD']), pool_bytes=1 << 23, arena_bytes=1 << 24)\n"
+                 "print(d.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)")
+        ended = subprocess.run([sys.executable, "-c", start], stdout=subprocess.PIPE, timeout=60, check=False)
+        self.assertEqual(ended.returncode, -signal.SIGKILL)
+        daemon = pathlib.Path("/proc") / ended.stdout.decode().strip()
+        deadline = time.monotonic() + 20
+        while self.runs(daemon) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.assertFalse(self.runs(daemon))
+
+    @staticmethod
+    def runs(process: pathlib.Path) -> bool:
+        """Not gone, and not a zombie that nobody has reaped."""
+        try:
+            return (process / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
 
 
 class ServiceTest(unittest.TestCase):
