@@ -21,6 +21,9 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "client" / "examples"), str(ROOT / "client" / "python")]
 
+import retrieval  # noqa: E402  the examples must be found first
+from signature import Signature  # noqa: E402
+
 WHATS = ("mass", "perplexity", "needles")
 TUNING, HELD_OUT = ("manuals",), ("gospels", "git", "perl", "reference")
 SEEDS = {name: i + 1 for i, name in enumerate(TUNING + HELD_OUT)}
@@ -45,7 +48,12 @@ def arguments() -> argparse.Namespace:
     for what in options.what:
         if what not in WHATS:
             parser.error(f"{what!r} is not one of {', '.join(WHATS)}")
-    options.signatures = options.signatures or DEFAULTS[options.model]["signatures"]
+    try:
+        names = options.signatures or DEFAULTS[options.model]["signatures"]
+        options.signatures = [Signature.parse(name) for name in names.split(",")]
+        options.budgets = [int(k) for k in options.budgets.split(",")] if options.budgets else retrieval.BUDGETS
+    except ValueError as error:
+        parser.error(str(error))
     options.texts = options.texts or DEFAULTS[options.model]["texts"]
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     options.cache = options.cache or pathlib.Path(home) / "pivotkv-quality"
@@ -56,9 +64,8 @@ class Judge:
     """One run: a model, texts, signatures; results as report.py wants them."""
 
     def __init__(self, options: argparse.Namespace, subject, texts, kv):
-        from signature import Signature
         self.options, self.subject, self.texts, self.kv = options, subject, texts, kv
-        self.signatures = [Signature.parse(part) for part in options.signatures.split(",")]
+        self.signatures = options.signatures
         self.results: list[dict] = []
 
     def add(self, what: str, text: str, signature, values: dict, more: dict | None = None) -> None:
@@ -68,7 +75,6 @@ class Judge:
         print(f"{what}, {text}, {self.results[-1]['signature']}: {values}", file=sys.stderr, flush=True)
 
     def exam(self, name: str):
-        import retrieval
         return retrieval.Exam(self.subject, self.texts, name, self.options.needles, SEEDS.get(name, 0))
 
     def plain(self, name: str):
@@ -99,12 +105,10 @@ class Judge:
                 self.add("perplexity", name, s, perplexity.through_service(self.kv, self.subject, kept, s, name, 1000))
 
     def needles(self, name: str) -> None:
-        import retrieval
-        budgets = tuple(int(k) for k in self.options.budgets.split(",")) if self.options.budgets else retrieval.BUDGETS
         exam = self.exam(name)
         full = exam.full()
         for s in self.signatures:
-            right = {"full": full} | {str(k): r for k, r in exam.selected(self.kv, s, budgets).items()}
+            right = {"full": full} | {str(k): r for k, r in exam.selected(self.kv, s, self.options.budgets).items()}
             self.add("needles", name, s, {k: retrieval.accuracy(r) for k, r in right.items()},
                      {"right": {k: "".join("01"[ok] for ok in r) for k, r in right.items()},
                       "forms": [n.form for n in exam.needles]})
@@ -150,7 +154,7 @@ def main() -> int:
     os.environ.setdefault("PIVOTKV_LIBRARY", str((options.build_dir / "client" / "libpivotkv.so").resolve()))
     try:
         print(run(options))
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         print(f"quality: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
