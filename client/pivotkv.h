@@ -3,8 +3,8 @@
  * Attach to a daemon, open a model, create sequences, append K and V layer by layer, attend over the tokens that a
  * Hamming search selects. Functions return 0 or a negative errno; pkv_error() has the sentence (cause and remedy) of the
  * last failure of that connection. A connection and all that hangs on it belong to one thread at a time; a process may
- * hold several. Arrays are dense, row-major, and read or written only during the call. Every wait is bounded
- * (pkv_options.timeout_ms). */
+ * hold several. Arrays are dense, row-major, and read or written only during the call; they are the CPU's, also where the
+ * daemon's pool lies on a GPU, but for pkv_batch_*. Every wait is bounded (pkv_options.timeout_ms). */
 #ifndef PIVOTKV_H
 #define PIVOTKV_H
 
