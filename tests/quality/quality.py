@@ -142,7 +142,8 @@ def run(options: argparse.Namespace) -> str:
     subject = Subject(options.model, options.cache)
     with PrivateDaemon(options.build_dir / "cachesvc" / "pivotkvd", pool_bytes=640 << 20, arena_bytes=2 << 30,
                        threads=options.threads) as daemon, \
-            pivotkv.connect(daemon.socket, threads=options.threads, label="quality") as kv:
+            pivotkv.connect(daemon.socket, threads=options.threads, label="quality",
+                            timeout_ms=60000) as kv:
         judge = Judge(options, subject, Texts(options.cache), kv)
         judge.run()
     print(f"{time.monotonic() - start:.0f} s", file=sys.stderr)
