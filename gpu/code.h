@@ -46,14 +46,14 @@ static inline PKV_HD double gpu_code_mass(uint32_t code)
 }
 
 /* Integer scores of at least `low` into 1..65535, monotone; the shift makes `high` fit. */
-static inline uint32_t gpu_code_shift(int32_t low, int32_t high)
+static inline PKV_HD uint32_t gpu_code_shift(int32_t low, int32_t high)
 {
     uint32_t shift = 0;
     while (((uint32_t)(high - low) >> shift) > 65534u)
         shift++;
     return shift;
 }
-static inline uint16_t gpu_code_integer(int32_t score, int32_t low, uint32_t shift)
+static inline PKV_HD uint16_t gpu_code_integer(int32_t score, int32_t low, uint32_t shift)
 {
     return (uint16_t)(1u + ((uint32_t)(score - low) >> shift));
 }

@@ -14,6 +14,9 @@ struct choose_shared {
     uint32_t k;
 };
 
+/* Codes of integer rules have sixteen bits: counts are of those above the low ones. */
+#define CODE_LOW_BITS 5u
+
 /* Where the k best end: codes above `code` are all taken, of those that have it the first `ties`. before_*: in earlier parts.
  */
 struct threshold {
@@ -88,6 +91,31 @@ static __device__ __forceinline__ struct threshold threshold_of(const struct cho
     return t;
 }
 
+/* Both, from sums that lie in memory: counts [parts][CUDA_COUNTS]. */
+static __device__ struct threshold find(struct choose_shared *m, const uint32_t *counts, uint32_t parts, uint32_t part,
+                                        uint32_t k)
+{
+    uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    /* Eight threads add up one coarse sum. */
+    uint32_t sum = 0;
+    for (uint32_t r = threadIdx.x % 8; r < parts; r += 8)
+        sum += __ldcg(counts + r * CUDA_COUNTS + CUDA_COARSE + threadIdx.x / 8);
+    for (uint32_t s = 4; s; s /= 2)
+        sum += __shfl_xor_sync(ALL_LANES, sum, s);
+    if (threadIdx.x % 8 == 0)
+        m->coarse[threadIdx.x / 8] = sum;
+    __syncthreads();
+    uint32_t bucket = bucket_of(m, k);
+    for (uint32_t r = warp; r < parts; r += 512 / WARP) {
+        const uint32_t *from = counts + r * CUDA_COUNTS + bucket * 32;
+        m->fine[r][lane] = __ldcg(from + lane);
+        if (lane == 0)
+            m->fine[r][32] = __ldcg(from + 32);
+    }
+    __syncthreads();
+    return threshold_of(m, parts, part, k, bucket);
+}
+
 /* Codes of eight tokens: how many are above the threshold (low half) and at it (high half). */
 static __device__ __forceinline__ uint32_t tally(const uint4 &v, uint32_t code)
 {
@@ -100,6 +128,17 @@ static __device__ __forceinline__ uint32_t tally(const uint4 &v, uint32_t code)
         n += b > code ? 1u : b == code ? 65536u : 0u;
     }
     return n;
+}
+
+/* Which of the eight are at the threshold or above it. */
+static __device__ __forceinline__ uint32_t reaching(const uint4 &v, uint32_t code)
+{
+    const uint32_t w[4] = {v.x, v.y, v.z, v.w};
+    uint32_t mask = 0;
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i++)
+        mask |= ((w[i] & 0xffffu) >= code ? 1u << 2 * i : 0u) | (w[i] >> 16 >= code ? 2u << 2 * i : 0u);
+    return mask;
 }
 
 static __device__ __forceinline__ uint32_t most_of(const uint4 &v)
@@ -120,14 +159,15 @@ static __device__ __forceinline__ void place(const struct threshold &t, const ui
         sum += lane >= s ? other : 0;
     }
     uint32_t g = *greater + ((sum - own) & 0xffffu), e = *equal + ((sum - own) >> 16);
-    const uint32_t w[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (uint32_t j = 0; j < 8; j++) {
-        uint32_t code = j & 1 ? w[j / 2] >> 16 : w[j / 2] & 0xffffu;
-        bool above = code > t.code, tie = code == t.code;
-        if (above || (tie && e < t.ties))
+    uint64_t low = (uint64_t)v.y << 32 | v.x, high = (uint64_t)v.w << 32 | v.z;
+    uint32_t mask = reaching(v, t.code);
+    while (mask) {
+        uint32_t j = __ffs(mask) - 1, code = (uint32_t)((j < 4 ? low : high) >> j % 4 * 16) & 0xffffu;
+        bool above = code > t.code;
+        mask &= mask - 1;
+        if (above || e < t.ties)
             write(g + min(e, t.ties), j, code);
-        g += above, e += tie;
+        g += above, e += !above;
     }
     uint32_t total = __shfl_sync(ALL_LANES, sum, WARP - 1);
     *greater += total & 0xffffu, *equal += total >> 16;

@@ -52,6 +52,7 @@ struct cuda_work {
     float *biases;     /* [queries][q_heads] */
     uint16_t *codes;   /* [lists][tokens_max, to a multiple of 64] */
     uint32_t *counts;  /* [lists][parts or team][CUDA_COUNTS]: how many tokens of a part have at least this code */
+    uint32_t *fine;    /* [lists][parts][CUDA_FINE]: of the codes at the threshold; rules `sum` and `max` */
     uint32_t *index;   /* [lists][rows_max] ascending */
     uint64_t *address; /* [lists][rows_max] where the row lies; bit 0: in the arena, and to be kept in the row cache */
     uint32_t *chosen;  /* [lists] entries in index */
@@ -63,6 +64,7 @@ struct cuda_work {
 };
 #define CUDA_COUNTS            2128u /* 2049 fine, at CUDA_COARSE 64 coarse (every 32nd), rest padding */
 #define CUDA_COARSE            2056u
+#define CUDA_FINE              64u /* 33, rest padding */
 #define CUDA_PARTS_MAX         64u
 #define CUDA_SPLITS_MAX        64u                              /* two a lane of the warp that weighs them */
 #define CUDA_HEADS             4u                               /* q heads that attend takes together: a chunk */
@@ -147,7 +149,7 @@ static inline int cuda_dense_only(const struct cuda_attend *a)
 /* Words of a list in work.words: shares of the biases, coarse and fine counts, the list, shares of the result. */
 static inline PKV_HD uint64_t cuda_words(const struct cuda_attend *a)
 {
-    uint64_t group = pkv_geom_group(&a->geom), each = 3 * group + 64 + 33 + group * (a->geom.head_dim + 2ull);
+    uint64_t group = pkv_geom_group(&a->geom), each = 32 + 64 + 33 + group * (a->geom.head_dim + 2ull);
     return a->team ? a->team * each + cuda_rows_max(&a->policy) : 0;
 }
 #define CUDA_GATE 96u

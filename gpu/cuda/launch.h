@@ -12,12 +12,14 @@ int cuda_pick_preload(void);
 int cuda_attend_preload(void);
 int cuda_append_preload(void);
 int cuda_team_preload(void);
+int cuda_integer_preload(void);
 
 int cuda_query_launch(const struct cuda_attend *a, cuda_stream stream);
 int cuda_scan_launch(const struct cuda_attend *a, cuda_stream stream);
 int cuda_pick_launch(const struct cuda_attend *a, cuda_stream stream);
 int cuda_attend_launch(const struct cuda_attend *a, cuda_stream stream);
-int cuda_team_launch(const struct cuda_attend *a, cuda_stream stream); /* the whole call; a->team is not 0 */
+int cuda_integer_launch(const struct cuda_attend *a, cuda_stream stream); /* scan by the rules `sum` and `max` */
+int cuda_team_launch(const struct cuda_attend *a, cuda_stream stream);    /* the whole call; a->team is not 0 */
 int cuda_gather_launch(const struct cuda_gather *g, cuda_stream stream);
 int cuda_append_launch(const struct cuda_append *a, cuda_stream stream);
 

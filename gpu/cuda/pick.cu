@@ -8,30 +8,6 @@
 #define THREADS 512u
 #define WARPS   (THREADS / WARP)
 
-static __device__ struct threshold find(struct choose_shared *m, const uint32_t *counts, uint32_t parts, uint32_t part,
-                                        uint32_t k)
-{
-    uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    /* Eight threads add up one coarse sum. */
-    uint32_t sum = 0;
-    for (uint32_t r = threadIdx.x % 8; r < parts; r += 8)
-        sum += __ldcg(counts + r * CUDA_COUNTS + CUDA_COARSE + threadIdx.x / 8);
-    for (uint32_t s = 4; s; s /= 2)
-        sum += __shfl_xor_sync(ALL_LANES, sum, s);
-    if (threadIdx.x % 8 == 0)
-        m->coarse[threadIdx.x / 8] = sum;
-    __syncthreads();
-    uint32_t bucket = bucket_of(m, k);
-    for (uint32_t r = warp; r < parts; r += WARPS) {
-        const uint32_t *from = counts + r * CUDA_COUNTS + bucket * 32;
-        m->fine[r][lane] = __ldcg(from + lane);
-        if (lane == 0)
-            m->fine[r][32] = __ldcg(from + 32);
-    }
-    __syncthreads();
-    return threshold_of(m, parts, part, k, bucket);
-}
-
 /* A warp's tokens: contiguous, 256 at a time. The first HELD times are read before the threshold is known and kept. */
 #define HELD 8u
 struct share {
@@ -133,6 +109,21 @@ static __device__ void write_ends(const struct cuda_attend &a, const struct list
         a.work.chosen[list] = after + recent;
 }
 
+/* Integer rules: `t` is of the codes' upper bits; the lower ones' sums are there too. */
+static __device__ struct threshold refined(const struct cuda_attend &a, struct choose_shared *m, const struct threshold &t,
+                                           uint32_t list, uint32_t part)
+{
+    const uint32_t *fine = a.work.fine + (uint64_t)list * a.parts * CUDA_FINE;
+    __syncthreads(); /* all have read the upper bits' sums */
+    for (uint32_t i = threadIdx.x; i < a.parts * 33; i += THREADS)
+        m->fine[i / 33][i % 33] = __ldcg(fine + i / 33 * CUDA_FINE + i % 33);
+    __syncthreads();
+    struct threshold low = threshold_of(m, a.parts, part, t.ties, 0);
+    low.code += t.code << CODE_LOW_BITS;
+    low.before_greater += t.before_greater;
+    return low;
+}
+
 __global__ void __launch_bounds__(THREADS, 2) pick_kernel(const __grid_constant__ struct cuda_attend a)
 {
     __shared__ struct choose_shared m;
@@ -158,6 +149,8 @@ __global__ void __launch_bounds__(THREADS, 2) pick_kernel(const __grid_constant_
     part_of(span, part, a.parts, &begin, &end);
     struct share share = share_of(a.work.codes + list * codes_stride(a), begin * PKV_BLOCK_TOKENS, end * PKV_BLOCK_TOKENS);
     struct threshold t = find(&m, counts, a.parts, part, k);
+    if (a.policy.rule != PKV_RULE_SOFTMAX)
+        t = refined(a, &m, t, list, part);
     uint64_t to = (uint64_t)list * cuda_rows_max(&a.policy) + span.first;
     uint32_t written = compact(&m, t, share, a.work.index + to, a.work.scores + to);
     __syncthreads();

@@ -262,8 +262,6 @@ extern "C" int cuda_query_preload(void)
 
 extern "C" int cuda_query_launch(const struct cuda_attend *a, void *stream)
 {
-    if (a->policy.rule != PKV_RULE_SOFTMAX)
-        return -(int)PKV_ERR_UNSUPPORTED;
     return a->geom.dtype == PKV_F32   ? start<float>(a, stream)
            : a->geom.dtype == PKV_F16 ? start<__half>(a, stream)
                                       : start<__nv_bfloat16>(a, stream);

@@ -131,7 +131,7 @@ extern "C" int cuda_scan_launch(const struct cuda_attend *a, void *stream)
 {
     uint32_t sets = cuda_head_chunks(&a->geom);
     if (a->policy.rule != PKV_RULE_SOFTMAX)
-        return -(int)PKV_ERR_UNSUPPORTED;
+        return cuda_integer_launch(a, stream);
     if (a->geom.sig_bits <= 128)
         return sets == 1 ? start<1, 1>(a, stream) : sets == 2 ? start<2, 1>(a, stream) : start<4, 1>(a, stream);
     return sets == 1 ? start<1, 2>(a, stream) : sets == 2 ? start<2, 2>(a, stream) : start<4, 2>(a, stream);

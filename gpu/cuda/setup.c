@@ -54,6 +54,7 @@ static uint64_t bind(const struct cuda_attend *a, uint64_t base, struct cuda_wor
     w->biases = piece(&at, heads * 4);
     w->codes = piece(&at, lists * PKV_ALIGN_UP((uint64_t)a->tokens_max, PKV_BLOCK_TOKENS) * 2);
     w->counts = piece(&at, lists * PKV_MAX(a->parts, a->team) * CUDA_COUNTS * 4);
+    w->fine = piece(&at, lists * a->parts * CUDA_FINE * 4);
     w->index = piece(&at, rows * 4);
     w->address = piece(&at, rows * 8);
     w->chosen = piece(&at, lists * 4);

@@ -3,8 +3,8 @@
 
 static int preload(void)
 {
-    int (*const all[])(void) = {cuda_query_preload,  cuda_scan_preload,   cuda_pick_preload,
-                                cuda_attend_preload, cuda_append_preload, cuda_team_preload};
+    int (*const all[])(void) = {cuda_query_preload,  cuda_scan_preload, cuda_pick_preload,   cuda_attend_preload,
+                                cuda_append_preload, cuda_team_preload, cuda_integer_preload};
     int r = 0;
     for (size_t i = 0; i < PKV_ARRAY_LEN(all) && !r; i++)
         r = all[i]();

@@ -40,8 +40,13 @@ static __device__ __forceinline__ struct threshold threshold_find(const struct t
     uint32_t bucket = bucket_of(c, k);
     if (threadIdx.x < 33)
         put_word(t, fine + t.part * 33 + threadIdx.x, m->counts[bucket * 32 + threadIdx.x]);
-    for (uint32_t i = threadIdx.x; i < t.size * 33; i += THREADS)
-        c->fine[i / 33][i % 33] = take_word(t, fine + i);
+    if (t.warp < t.size) { /* a warp has a block's words, the first lane two */
+        const uint64_t *from = fine + t.warp * 33;
+        uint32_t next = t.lane == 0 ? take_word(t, from + 32) : 0;
+        c->fine[t.warp][t.lane] = take_word(t, from + t.lane);
+        if (t.lane == 0)
+            c->fine[t.warp][32] = next;
+    }
     __syncthreads();
     return threshold_of(c, t.size, t.part, k, bucket);
 }
@@ -217,7 +222,7 @@ static __device__ __forceinline__ void merge_weights(const struct team &t, const
     uint32_t h = t.warp;
     if (h >= t.group)
         return;
-    const float *max = results + t.lane * STRIDE + TILE_COLUMNS * DIM + h;
+    const float *max = results + t.lane * STRIDE + TILE_COLUMNS * RESULT_PITCH(DIM) + h;
     float own = t.lane < used ? max[0] : NOTHING, sum = t.lane < used ? max[TILE_COLUMNS] : 0.0f, most = own;
 #pragma unroll
     for (uint32_t s = 8; s; s /= 2)
@@ -244,11 +249,11 @@ static __device__ __forceinline__ void merge_warps(const struct team &t, struct 
     merge_weights<T, DIM>(t, results, used, keep, words);
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < t.group * DIM; i += THREADS) {
-        uint32_t h = i / DIM;
+        uint32_t h = i / DIM, at = h * RESULT_PITCH(DIM) + i % DIM;
         float out = 0;
 #pragma unroll 4
         for (uint32_t w = 0; w < used; w++)
-            out = fmaf(results[w * STRIDE + i], keep[w * HEADS + h], out);
+            out = fmaf(results[w * STRIDE + at], keep[w * HEADS + h], out);
         put_word(t, words + (uint64_t)(t.part * t.group + h) * (DIM + 2) + i % DIM, __float_as_uint(out));
     }
 }
@@ -335,7 +340,7 @@ __global__ void __launch_bounds__(THREADS, 1) team_kernel(const __grid_constant_
         if (!a.weighed && a.scheme.kind != PKV_SCHEME_SIGN)
             apply_maps(a, w, t.head);
         biases_share<T, DIM, SETS>(a, t, m, w, span, s, front + sizeof(*w));
-        biases_join(a, t, m, recent ? recent : span.first);
+        biases_join(a, t, m, s, recent ? recent : span.first);
         scan_part<SETS>(a, t, m, w, span, s, codes);
         k = choose(a, t, m, (struct choose_memory *)rings, span, codes);
     }

@@ -26,7 +26,7 @@ static __device__ __forceinline__ uint64_t *bias_words(const struct team &t)
 }
 static __device__ __forceinline__ uint64_t *count_words(const struct team &t) /* coarse [size][64], fine [size][33] */
 {
-    return t.words + t.size * 3 * t.group;
+    return t.words + t.size * WARP;
 }
 static __device__ __forceinline__ uint64_t *list_words(const struct team &t)
 {

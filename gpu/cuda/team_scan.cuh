@@ -103,6 +103,12 @@ static __device__ __forceinline__ void stream_fill(const struct cuda_attend &a, 
         s.now = s.next, s.next = stream_address(a, s, stream_place(t, s, first + s.pace + WARP));
 }
 
+/* A long stream begins before the biases are exchanged, although the exchange then waits behind it; a short one after. */
+static __device__ __forceinline__ bool stream_long(const struct stream &s)
+{
+    return s.end - s.begin > 4 * s.pace * WARPS;
+}
+
 /* Looks up the first addresses; nothing is on its way yet. */
 static __device__ __forceinline__ struct stream stream_open(const struct cuda_attend &a, const struct team &t,
                                                             const struct span &span, struct team_shared *m, uint32_t rings,
@@ -180,6 +186,9 @@ static __device__ __forceinline__ void ends_tile(const struct cuda_attend &a, co
         word[i] = w < pkv_geom_words(&g) ? signature[pkv_geom_sig_index(&g, t.head, token % PKV_BLOCK_TOKENS, w)] : 0;
     }
     load_tile<tile_shape<T, DIM>::HALF, tile_shape<T, DIM>::KEYS>(scratch, m->ends[slot], NULL, 0, TILE_ROWS, t.lane);
+    for (uint32_t i = 0; i < DIM * sizeof(T) / 128; i++) /* their values are wanted later */
+        if (t.lane < TILE_ROWS)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(m->ends[slot][t.lane] + DIM * sizeof(T) + i * 128));
     for (uint32_t i = 0; i < 2; i++)
         m->signature[slot][t.lane % TILE_ROWS][t.lane / TILE_ROWS + 2 * i] = word[i];
     float d[4];
@@ -193,11 +202,14 @@ static __device__ __forceinline__ void ends_tile(const struct cuda_attend &a, co
 
 /* The shares of all blocks into biases. */
 static __device__ __forceinline__ void biases_join(const struct cuda_attend &a, const struct team &t, struct team_shared *m,
-                                                   uint32_t fitted)
+                                                   struct stream &stream, uint32_t fitted)
 {
-    uint32_t each = 3 * t.group;
-    for (uint32_t i = threadIdx.x; i < t.size * each; i += THREADS)
-        ((float *)&m->gathered[i / each][i % each / 3])[i % 3] = __uint_as_float(take_word(t, bias_words(t) + i));
+    uint32_t kind = t.lane / HEADS, head = t.lane % HEADS; /* a warp has a block's words */
+    if (t.warp < t.size && kind < 3 && head < t.group)
+        ((float *)&m->gathered[t.warp][head])[kind] = __uint_as_float(take_word(t, bias_words(t) + t.warp * WARP + t.lane));
+    __syncwarp();
+    if (!stream_long(stream))
+        stream_fill(a, t, stream, 0), stream_fill(a, t, stream, 1);
     __syncthreads();
     if (t.warp < t.group) {
         const struct team_shared::share none = {NOTHING, 0, 0};
@@ -238,7 +250,7 @@ static __device__ __forceinline__ void biases_share(const struct cuda_attend &a,
             ends_tile<T, DIM>(a, t, m, span, first, min(TILE_ROWS, total - first), slot,
                               scratch + slot * TILE_ROWS * tile_shape<T, DIM>::KEYS);
         __syncthreads();
-        if (begin == 0)
+        if (begin == 0 && stream_long(stream))
             stream_fill(a, t, stream, 0), stream_fill(a, t, stream, 1);
 #pragma unroll
         for (uint32_t i = 0; i < SETS; i++) {
@@ -267,10 +279,10 @@ static __device__ __forceinline__ void biases_share(const struct cuda_attend &a,
             struct team_shared::share x = m->shares[h % 4 / 2 * END_TILES + s][h % 2][h / 4];
             share_join(r, x.max, x.sum, x.shift);
         }
-        uint64_t *to = bias_words(t) + (t.part * t.group + h) * 3;
+        uint64_t *to = bias_words(t) + t.part * WARP + h;
         put_word(t, to, __float_as_uint(r.max));
-        put_word(t, to + 1, __float_as_uint(r.sum));
-        put_word(t, to + 2, __float_as_uint(r.shift));
+        put_word(t, to + HEADS, __float_as_uint(r.sum));
+        put_word(t, to + 2 * HEADS, __float_as_uint(r.shift));
     }
 }
 

@@ -103,7 +103,8 @@ static __device__ __forceinline__ void load_tile(unsigned char *tile, const uint
 #pragma unroll
         for (uint32_t n = 0; n < BATCH; n++) {
             uint32_t piece = (begin + n) * WARP + lane;
-            v[n] = load_row_piece(address[min(first + piece / PIECES, rows - 1)] + piece % PIECES * 16);
+            uint32_t row = first + piece / PIECES;
+            v[n] = row < rows ? load_row_piece(address[row] + piece % PIECES * 16) : make_uint4(0, 0, 0, 0);
         }
         if (keep)
 #pragma unroll
@@ -195,7 +196,8 @@ static __device__ __forceinline__ void tile_attend(uint32_t tile, uint32_t queri
     __syncwarp();
 }
 
-/* A warp's result: to [columns][DIM], then maxima [TILE_COLUMNS], sums [TILE_COLUMNS]. */
+/* A warp's result: to [columns][RESULT_PITCH(DIM)], then maxima [TILE_COLUMNS], sums [TILE_COLUMNS]. */
+#define RESULT_PITCH(dim) ((dim) + 8) /* so that lanes meet different banks */
 template <uint32_t DIM, bool WIDE>
 static __device__ __forceinline__ void tile_result(struct tile_state<DIM> &s, float *to, uint32_t lane)
 {
@@ -214,12 +216,14 @@ static __device__ __forceinline__ void tile_result(struct tile_state<DIM> &s, fl
             if (!WIDE)
                 v += __shfl_xor_sync(ALL_LANES, v, 2);
             if (mine)
-                to[(c + i % 2) * DIM + t * 16 + d + i / 2 * 8] = v;
+                to[(c + i % 2) * RESULT_PITCH(DIM) + t * 16 + d + i / 2 * 8] = v;
         }
     if (mine && d == 0)
 #pragma unroll
-        for (uint32_t i = 0; i < 2; i++)
-            to[TILE_COLUMNS * DIM + c + i] = s.max[i], to[TILE_COLUMNS * DIM + TILE_COLUMNS + c + i] = s.sum[i];
+        for (uint32_t i = 0; i < 2; i++) {
+            float *ends = to + TILE_COLUMNS * RESULT_PITCH(DIM) + c + i;
+            ends[0] = s.max[i], ends[TILE_COLUMNS] = s.sum[i];
+        }
 }
 
 #endif

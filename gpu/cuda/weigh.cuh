@@ -40,6 +40,11 @@ template <uint32_t PER, typename M>
 static __device__ void weigh_sign(const struct cuda_attend &a, M *m, uint32_t head, uint32_t h, uint32_t lane)
 {
     const struct pkv_geom &g = a.geom;
+    const float *deviation = a.scheme.deviation + ((uint64_t)a.layer * g.kv_heads + head) * g.sig_bits;
+    float spread[PKV_SIG_WORDS_MAX]; /* on its way while the query is turned */
+#pragma unroll
+    for (uint32_t w = 0; w < PKV_SIG_WORDS_MAX; w++)
+        spread[w] = w < pkv_geom_words(&g) ? __ldg(deviation + w * WARP + lane) : 0.0f;
     if constexpr (PER != 0)
         rotate_query<PER>(a, m, h, lane);
     else if (g.head_dim == 64)
@@ -51,9 +56,10 @@ static __device__ void weigh_sign(const struct cuda_attend &a, M *m, uint32_t he
     else
         rotate_query<8>(a, m, h, lane);
     __syncwarp();
-    const float *deviation = a.scheme.deviation + ((uint64_t)a.layer * g.kv_heads + head) * g.sig_bits;
-    for (uint32_t b = lane; b < g.sig_bits; b += WARP)
-        m->real[h][b] = __fmul_rn(m->real[h][b], deviation[b]);
+#pragma unroll
+    for (uint32_t w = 0; w < PKV_SIG_WORDS_MAX; w++)
+        if (w < pkv_geom_words(&g))
+            m->real[h][w * WARP + lane] = __fmul_rn(m->real[h][w * WARP + lane], spread[w]);
     float partial = g.sig_bits < g.head_dim ? (float)g.head_dim / (float)g.sig_bits : 1.0f;
     if (lane == 0)
         m->unit[h] =
@@ -156,15 +162,17 @@ template <typename M>
 static __device__ void write_planes(const struct cuda_attend &a, M *m, uint64_t q_head, uint32_t h, uint32_t w, int weight,
                                     uint32_t lane)
 {
+    uint32_t own = 0;
 #pragma unroll
     for (uint32_t p = 0; p < 8; p++) {
         uint32_t plane = __ballot_sync(ALL_LANES, weight >> p & 1);
-        if (lane == 0) {
-            m->planes[h][p][w] = plane;
-            if (m->write)
-                a.work.planes[((q_head + h) * 8 + p) * pkv_geom_words(&a.geom) + w] = plane;
-        }
+        own = lane == p ? plane : own;
     }
+    if (lane >= 8)
+        return;
+    m->planes[h][lane][w] = own;
+    if (m->write)
+        a.work.planes[((q_head + h) * 8 + lane) * pkv_geom_words(&a.geom) + w] = own;
 }
 
 /* The caller has weighed. */

@@ -20,12 +20,21 @@ struct layer {
     struct cuda_seq *seqs;
 };
 
+/* What the keys are and where the rows lie. */
+enum kind {
+    RANDOM,
+    EQUAL,      /* all tokens have the same key */
+    NEIGHBOURS, /* the keys of 2048 neighbouring tokens are the queries' */
+    ARENA       /* random keys; rows in pinned memory of the CPU */
+};
+
 struct bench {
+    enum kind kind;
     struct pkv_geom geom;
     uint32_t tokens, batch, layers, processors;
     char *pool, *signatures;
     uint64_t *bases;
-    void *scheme_memory, *work, *k, *v, *q;
+    void *scheme_memory, *work, *k, *v, *q, *gathered;
     struct cuda_query *queries;
     struct cuda_scheme scheme;
     struct layer layer[64];
@@ -144,7 +153,8 @@ static void layer_open(struct bench *b, uint32_t l)
              sig_slots = CHUNK_SLOT / pkv_geom_sig_block_bytes(&b->geom);
     for (uint64_t i = 0; i < (uint64_t)b->batch * blocks; i++) {
         uint64_t n = (uint64_t)l * b->batch * blocks + i;
-        refs[i].rows = pkv_place(PKV_TIER_POOL, (uint32_t)(n / rows_slots), (uint32_t)(n % rows_slots), 1);
+        refs[i].rows = pkv_place(b->kind == ARENA ? PKV_TIER_ARENA : PKV_TIER_POOL, (uint32_t)(n / rows_slots),
+                                 (uint32_t)(n % rows_slots), 1);
         refs[i].signatures = pkv_place(PKV_TIER_POOL, 1024 + (uint32_t)(n / sig_slots), (uint32_t)(n % sig_slots), 1);
     }
     y->refs = device_copy(refs, (uint64_t)b->batch * blocks * sizeof(*refs));
@@ -162,6 +172,43 @@ static void layer_open(struct bench *b, uint32_t l)
                                 .tokens_max = b->tokens};
     MUST(cuda_grid(&y->a) == 0);
     free(refs), free(seqs);
+}
+
+/* Tokens [first, first + count) of a layer's first sequence again, with these keys. */
+static void layer_rekey(struct bench *b, uint32_t l, uint32_t first, uint32_t count, void *keys)
+{
+    struct cuda_seq seq = {b->layer[l].refs, first + count}, *one = device_copy(&seq, sizeof(seq));
+    struct cuda_append append = {.geom = b->geom,
+                                 .scheme = b->scheme,
+                                 .base = {NULL, b->bases, b->bases},
+                                 .seqs = one,
+                                 .k = keys,
+                                 .v = b->v,
+                                 .count = 1,
+                                 .tokens = count};
+    MUST(table->append(&append, b->stream) == 0);
+    CUDA(cudaStreamSynchronize(b->stream));
+    CUDA(cudaFree(one));
+}
+
+/* Every head's key is the sum of its group's queries, the same for all tokens. */
+static void layer_keys(struct bench *b, uint32_t l)
+{
+    uint32_t all = b->kind == EQUAL, count = all ? PKV_MIN(b->tokens, CHUNK) : 2048;
+    uint16_t *q = host_copy(b->q, 32 * 128 * 2), *keys = take((uint64_t)count * 1024 * 2);
+    for (uint32_t i = 0; i < 1024; i++) {
+        float sum = 0;
+        for (uint32_t h = 0; h < 4; h++)
+            sum += (float)get(q, PKV_BF16, (i / 128 * 4ull + h) * 128 + i % 128);
+        put(keys, PKV_BF16, i, sum / 4);
+    }
+    for (uint32_t t = 1; t < count; t++)
+        memcpy(keys + t * 1024ull, keys, 2048);
+    void *on_device = device_copy(keys, (uint64_t)count * 2048);
+    for (uint32_t first = all ? 0 : b->tokens / 2; first < (all ? b->tokens : b->tokens / 2 + 1); first += count)
+        layer_rekey(b, l, first, count, on_device);
+    CUDA(cudaFree(on_device));
+    free(q), free(keys);
 }
 
 /* Every layer's blocks filled by appends, each at another offset of the random numbers. */
@@ -189,9 +236,9 @@ static void layer_fill(struct bench *b, uint32_t l)
     CUDA(cudaFree(one));
 }
 
-static void bench_open(struct bench *b, uint32_t tokens, uint32_t batch, uint32_t bits)
+static void bench_open(struct bench *b, uint32_t tokens, uint32_t batch, uint32_t bits, enum kind kind)
 {
-    *b = (struct bench){.geom = {1, 32, 8, 128, PKV_BF16, (uint16_t)bits, 0}, .tokens = tokens, .batch = batch};
+    *b = (struct bench){.kind = kind, .geom = {1, 32, 8, 128, PKV_BF16, (uint16_t)bits, 0}, .tokens = tokens, .batch = batch};
     struct gpu_scheme *scheme;
     uint8_t digest[PKV_DIGEST_BYTES];
     uint64_t blocks = (uint64_t)batch * pkv_tokens_blocks(tokens), rows = blocks * pkv_geom_block_bytes(&b->geom);
@@ -200,9 +247,13 @@ static void bench_open(struct bench *b, uint32_t tokens, uint32_t batch, uint32_
     b->processors = device_processors();
     /* Enough layers that no replay finds its input in the cache. */
     b->layers = (uint32_t)PKV_MIN(PKV_MAX((256ull << 20) / signatures, 1ull), PKV_MAX((24ull << 30) / rows, 1ull));
-    b->layers = PKV_MIN(b->layers, 32u);
+    b->layers = kind == ARENA ? 1 : PKV_MIN(b->layers, 32u);
     rows = PKV_ALIGN_UP(rows * b->layers, CHUNK_SLOT), signatures = PKV_ALIGN_UP(signatures * b->layers, CHUNK_SLOT);
-    b->pool = device_take(rows), b->signatures = device_take(signatures);
+    if (kind == ARENA)
+        CUDA(cudaHostAlloc((void **)&b->pool, rows, cudaHostAllocMapped));
+    else
+        b->pool = device_take(rows);
+    b->signatures = device_take(signatures);
     for (uint64_t i = 0; i < rows / CHUNK_SLOT; i++)
         bases[i] = (uintptr_t)b->pool + i * CHUNK_SLOT;
     for (uint64_t i = 0; i < signatures / CHUNK_SLOT; i++)
@@ -231,6 +282,8 @@ static void bench_open(struct bench *b, uint32_t tokens, uint32_t batch, uint32_
         cuda_work_bind(&b->layer[l].a, b->work);
         b->layer[l].a.out = out, b->layer[l].a.lse = lse;
         layer_fill(b, l);
+        if (kind == EQUAL || kind == NEIGHBOURS)
+            layer_keys(b, l);
     }
 }
 
@@ -240,7 +293,8 @@ static void bench_close(struct bench *b)
         CUDA(cudaFree(b->layer[l].refs));
         CUDA(cudaFree(b->layer[l].seqs));
     }
-    void *all[] = {b->pool, b->signatures, b->bases, b->work, b->q, b->queries, b->layer[0].a.out, b->layer[0].a.lse};
+    CUDA(b->kind == ARENA ? cudaFreeHost(b->pool) : cudaFree(b->pool));
+    void *all[] = {b->signatures, b->bases, b->work, b->q, b->queries, b->layer[0].a.out, b->layer[0].a.lse};
     for (size_t i = 0; i < PKV_ARRAY_LEN(all); i++)
         CUDA(cudaFree(all[i]));
     cuda_scheme_free(b->scheme_memory);
@@ -257,7 +311,7 @@ static void bench_dense(struct bench *b)
 static void bench_shape(uint32_t tokens, uint32_t batch, uint32_t bits)
 {
     static struct bench b;
-    bench_open(&b, tokens, batch, bits);
+    bench_open(&b, tokens, batch, bits, RANDOM);
     double signatures = (double)batch * tokens * 8 * bits / 8, chosen = (double)batch * 8 * 2304 * 512;
     if (b.tokens >= 262144 && !peak) {
         double us = timed(&b, run_read);
@@ -278,6 +332,52 @@ static void bench_shape(uint32_t tokens, uint32_t batch, uint32_t bits)
     bench_close(&b);
 }
 
+static void run_gather(struct bench *b, uint32_t l)
+{
+    MUST(peak_gather(b->layer[l].a.work.address, 8 * 2304, b->gathered, b->stream) == 0);
+}
+
+/* Rows out of the CPU's memory: all of them, then beside a plain gather of the same rows, then out of the row cache. */
+static void bench_arena(uint32_t tokens)
+{
+    static struct bench b;
+    bench_open(&b, tokens, 1, 128, ARENA);
+    struct cuda_attend *a = &b.layer[0].a;
+    double bytes = 8.0 * 2304 * 512;
+    b.gathered = device_take(8ull * 2304 * 512);
+    a->flags = CUDA_KEEP;
+    report(&b, "call, rows in the arena", timed(&b, run_all), bytes);
+    report(&b, "plain gather of the same rows", timed(&b, run_gather), bytes);
+    report(&b, "attend, rows in the arena", timed(&b, run_attend), bytes);
+    uint32_t sets = 1024;
+    uint64_t ways = 8ull * sets * CUDA_WAYS;
+    a->cache = (struct cuda_cache){device_take(ways * 8), device_take(ways * 512), device_take(CUDA_COUNTERS * 8), sets, 0};
+    CUDA(cudaMemset(a->cache.entries, 0, ways * 8));
+    CUDA(cudaMemset(a->cache.counters, 0, CUDA_COUNTERS * 8));
+    report(&b, "call, rows in the row cache", timed(&b, run_all), bytes);
+    uint64_t *found = host_copy(a->cache.counters, CUDA_COUNTERS * 8);
+    printf("{\"name\": \"row cache\", \"hits\": %llu, \"misses\": %llu}\n", (unsigned long long)found[CUDA_HITS],
+           (unsigned long long)found[CUDA_MISSES]);
+    free(found);
+    CUDA(cudaFree(a->cache.entries));
+    CUDA(cudaFree(a->cache.rows));
+    CUDA(cudaFree(a->cache.counters));
+    CUDA(cudaFree(b.gathered));
+    bench_close(&b);
+}
+
+/* Inputs that a schedule could stumble over. */
+static void bench_adversarial(uint32_t tokens)
+{
+    static struct bench b;
+    for (enum kind kind = EQUAL; kind <= NEIGHBOURS; kind++) {
+        bench_open(&b, tokens, 1, 128, kind);
+        double bytes = tokens * 8.0 * 16 + 8.0 * 2304 * 512;
+        report(&b, kind == EQUAL ? "call, all tokens equal" : "call, chosen rows neighbours", timed(&b, run_all), bytes);
+        bench_close(&b);
+    }
+}
+
 int main(int argc, char **argv)
 {
     uint32_t largest = argc > 1 ? (uint32_t)strtoul(argv[1], NULL, 0) : 1048576;
@@ -293,5 +393,10 @@ int main(int argc, char **argv)
         if (lengths[i] <= largest)
             bench_shape(lengths[i], 1, 64);
     bench_shape(32768, 64, 128);
+    for (size_t i = 0; i < 4; i += 3)
+        if (lengths[i] <= largest)
+            bench_adversarial(lengths[i]);
+    if (largest >= 131072)
+        bench_arena(131072);
     return 0;
 }

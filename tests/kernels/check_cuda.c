@@ -8,7 +8,7 @@
  *   graph            a captured call, replayed while its sequences grow over block borders, equals a fresh call
  * usage: check_cuda [SEED [CASES]] */
 #include "tests/kernels/device.h"
-#include "tests/lib/tensors.h"
+#include "tests/kernels/schemes.h"
 #include "tests/lib/text.h"
 
 #include <inttypes.h>
@@ -27,46 +27,6 @@ struct on_device {
     uint64_t entries; /* bytes */
     struct cuda_attend a;
 };
-
-/* ---- schemes ---- */
-
-static struct gpu_scheme *scheme_of_kind(const struct world *w, uint32_t kind)
-{
-    const struct pkv_geom *g = &w->g;
-    struct gpu_scheme *s;
-    uint8_t digest[PKV_DIGEST_BYTES];
-    if (kind == PKV_SCHEME_SIGN) {
-        MUST(gpu_scheme_open(kind, g, NULL, &s, digest) == 0);
-        return s;
-    }
-    uint64_t heads = (uint64_t)g->layers * g->kv_heads, q_heads = (uint64_t)g->layers * g->q_heads, out = g->sig_bits;
-    bool code = kind == PKV_SCHEME_CODE, own = !code && below(2);
-    if (code)
-        out = PKV_MIN((uint64_t)g->head_dim, (uint64_t)g->sig_bits);
-    float *k = test_floats(below(1000), heads * out * g->head_dim), *q = test_floats(below(1000), q_heads * out * g->head_dim);
-    float *mean = test_floats(3, heads * g->head_dim), *low = test_floats(4, heads * out), *bits = take(heads * out * 4);
-    float *step = take(heads * out * 4);
-    for (uint64_t i = 0; i < heads * out; i++) {
-        uint64_t each = g->sig_bits / out, more = g->sig_bits % out;
-        bits[i] = (float)(each + (i % out < more)), step[i] = 1.5f + 0.01f * (float)(i % 7);
-    }
-    struct test_tensor tensors[7] = {{"k.weight", 4, {g->layers, g->kv_heads, out, g->head_dim}, k},
-                                     {"k.mean", 3, {g->layers, g->kv_heads, g->head_dim}, mean}};
-    uint32_t count = 2;
-    if (code || own)
-        tensors[count++] =
-            (struct test_tensor){"q.weight", 4, {g->layers, code ? g->kv_heads : g->q_heads, out, g->head_dim}, q};
-    if (code) {
-        tensors[count++] = (struct test_tensor){"k.low", 3, {g->layers, g->kv_heads, out}, low};
-        tensors[count++] = (struct test_tensor){"k.step", 3, {g->layers, g->kv_heads, out}, step};
-        tensors[count++] = (struct test_tensor){"k.bits", 3, {g->layers, g->kv_heads, out}, bits};
-    }
-    char *path = test_tensors(NULL, tensors, count);
-    MUST(gpu_scheme_open(kind, g, path, &s, digest) == 0);
-    unlink(path);
-    free(path), free(k), free(q), free(mean), free(low), free(bits), free(step);
-    return s;
-}
 
 /* ---- setting up ---- */
 
@@ -125,7 +85,7 @@ static void device_open(const struct world *w, const struct gpu_scheme *scheme, 
                                 .policy = {.k = w->policy.k,
                                            .sinks = w->policy.sinks,
                                            .recent = w->policy.recent,
-                                           .rule = PKV_RULE_SOFTMAX,
+                                           .rule = w->policy.rule,
                                            .top_p = w->policy.top_p,
                                            .scale = 1.0f / sqrtf(w->g.head_dim)},
                                 .base = {NULL, d->bases, d->bases + PKV_CHUNKS_MAX},
@@ -168,7 +128,8 @@ static void check_written(const struct world *w, const struct on_device *d)
 {
     uint64_t rows = w->blocks * pkv_geom_block_bytes(&w->g), signatures = w->blocks * pkv_geom_sig_block_bytes(&w->g);
     char *pool = host_copy(d->pool, rows), *sig = host_copy(d->signatures, signatures);
-    MUST(!memcmp(sig, (void *)(uintptr_t)w->pool[5], signatures));
+    MUST(!memcmp(sig, (void *)(uintptr_t)w->pool[5], signatures) || d->a.scheme.kind == PKV_SCHEME_HASH);
+    MUST(bits_apart(sig, (void *)(uintptr_t)w->pool[5], signatures / 4) <= 2); /* `hash`: the exponentials' last bits */
     for (uint32_t t = 0; t < w->tokens; t++)
         for (uint32_t h = 0; h < w->g.kv_heads; h++) {
             uint64_t place = w->refs[t / 64].rows, at = pkv_place_slot(place) * pkv_geom_block_bytes(&w->g);
@@ -262,12 +223,34 @@ struct list {
 };
 
 /* The code of a token from the device's own weights, scales and biases, as code.h defines it. */
+static uint32_t integer_expected(const struct world *w, const int8_t *weights, const uint32_t *sig, uint32_t head,
+                                 uint32_t token)
+{
+    const struct pkv_geom *g = &w->g;
+    bool add = w->policy.rule == PKV_RULE_SUM;
+    int32_t low = 0, high = 0, score = 0;
+    for (uint32_t h = 0; h < pkv_geom_group(g); h++) {
+        int32_t s = 0, negative = 0, positive = 0;
+        for (uint32_t b = 0; b < g->sig_bits; b++) {
+            int32_t x = weights[h * g->sig_bits + b];
+            s += (int32_t)(sig[pkv_geom_sig_index(g, head, token % 64, b / 32)] >> b % 32 & 1) * x;
+            negative += x < 0 ? x : 0, positive += x > 0 ? x : 0;
+        }
+        score = add ? score + s : h && score > s ? score : s;
+        low = add ? low + negative : h && low < negative ? low : negative;
+        high = add ? high + positive : h && high > positive ? high : positive;
+    }
+    return gpu_code_integer(score, low, gpu_code_shift(low, high));
+}
+
 static uint32_t code_expected(const struct world *w, const int8_t *weights, const float *scales, const float *biases,
                               uint32_t head, uint32_t token)
 {
     const struct pkv_geom *g = &w->g;
     const uint32_t *sig = (const uint32_t *)(uintptr_t)(w->pool[5] + (token / 64) * pkv_geom_sig_block_bytes(g));
     float sum = 0;
+    if (w->policy.rule != PKV_RULE_SOFTMAX)
+        return integer_expected(w, weights, sig, head, token);
     for (uint32_t h = 0; h < pkv_geom_group(g); h++) {
         int32_t s = 0;
         for (uint32_t b = 0; b < g->sig_bits; b++)
@@ -301,13 +284,13 @@ static void check_list(const struct world *w, const struct list *l)
 {
     uint32_t ends = l->first + l->visible - l->last, k = l->count - ends, expected = budget_expected(w, l), i = l->first;
     MUST(l->count >= ends && k + 1 >= expected && k <= expected + (w->policy.top_p > 0));
-    static uint32_t above[GPU_CODE_SOFTMAX_MAX + 2];
+    static uint32_t above[GPU_CODES + 1];
     memset(above, 0, sizeof(above));
     for (uint32_t t = l->first; t < l->last; t++)
         above[l->codes[t]]++;
-    for (uint32_t c = GPU_CODE_SOFTMAX_MAX; c-- > 0;)
+    for (uint32_t c = GPU_CODES; c-- > 0;)
         above[c] += above[c + 1];
-    uint32_t ties = 0, threshold = GPU_CODE_SOFTMAX_MAX + 1;
+    uint32_t ties = 0, threshold = GPU_CODES;
     while (k && above[threshold] < k)
         threshold--;
     for (uint32_t t = 0; t < l->first; t++)
@@ -350,7 +333,7 @@ static void check_lists(const struct world *w, const struct on_device *d, bool d
                 check_list(w, &l);
             for (uint32_t t = l.first; t < l.last && !all; t += 1 + below(5)) {
                 int expected = (int)code_expected(w, weights + q_head * g->sig_bits, scales + q_head, biases + q_head, head, t);
-                MUST(abs(expected - l.codes[t]) <= 1);
+                MUST(abs(expected - l.codes[t]) <= (w->policy.rule == PKV_RULE_SOFTMAX));
                 compared++, differ += expected != l.codes[t];
             }
             for (uint32_t h = 0; h < pkv_geom_group(g); h += 1 + below(4)) {
@@ -521,9 +504,11 @@ static void check_case(struct gpu *gpu)
 {
     struct world w = world_random();
     struct on_device d;
-    uint32_t kind = below(3); /* sign, code, linear */
-    w.policy.rule = PKV_RULE_SOFTMAX;
+    uint32_t kind = below(4);
+    w.policy.rule = below(2) ? PKV_RULE_SOFTMAX : w.policy.rule;
     if (kind == PKV_SCHEME_CODE && w.g.sig_bits > 4 * w.g.head_dim)
+        kind = PKV_SCHEME_SIGN;
+    if (kind == PKV_SCHEME_HASH && w.g.sig_bits % pkv_geom_group(&w.g))
         kind = PKV_SCHEME_SIGN;
     struct gpu_scheme *scheme = scheme_of_kind(&w, kind);
     host_fill(gpu, scheme, &w);
