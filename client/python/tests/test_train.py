@@ -201,7 +201,6 @@ class TrainTest(unittest.TestCase):
             wait_for(lambda: os.killpg(process.pid, 0))
         process = begin()
         wait_for(lambda: len(workers(process.pid)) == 2)
-        time.sleep(0.5)
         os.kill(workers(process.pid)[0], signal.SIGKILL)
         told = process.communicate(timeout=60)[1]
         self.assertEqual(process.returncode, 1, told)
