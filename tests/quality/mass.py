@@ -25,9 +25,8 @@ def budgets(subject: Subject, tokens: int) -> list[int]:
 
 def through_service(kv, subject: Subject, kept: Reading, signature: Signature, name: str) -> dict[int, tuple[float, float]]:
     """{k: (mass, error)} by the daemon's audit."""
-    import pivotkv
     layers = subject.traits.mass_layers or tuple(range(subject.layers))
-    wishes = {k: pivotkv.Budget(k=k, sinks=SINKS, recent=RECENT) for k in budgets(subject, len(kept.tokens))}
+    wishes = {k: signature.budget(k) for k in budgets(subject, len(kept.tokens))}
     found: dict[int, list] = {k: [] for k in wishes}
     model = subject.open_model(kv, signature, len(layers), f"mass-{name}")
     with model.sequence(subject.model.context) as sequence:

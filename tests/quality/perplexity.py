@@ -5,7 +5,6 @@ import numpy as np
 
 from mass import LEARN
 from reading import CHUNK, Reading
-from selection import RECENT, SINKS
 from signature import Signature
 from subject import ServiceCache, Subject, fill
 
@@ -17,7 +16,7 @@ def through_service(kv, subject: Subject, kept: Reading, signature: Signature, n
     import pivotkv
     first, tokens = len(kept.tokens) - count, kept.tokens
     budgets = {"full": pivotkv.Budget(dense=True)}
-    budgets.update((str(k), pivotkv.Budget(k=k, sinks=SINKS, recent=RECENT)) for k in BUDGETS)
+    budgets.update((str(k), signature.budget(k)) for k in BUDGETS)
     result = {}
     with subject.open_model(kv, signature, subject.layers, f"perplexity-{name}").sequence(subject.model.context) as sequence:
         for layer in range(subject.layers):

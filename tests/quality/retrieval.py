@@ -8,7 +8,6 @@ import numpy as np
 
 import needles
 from reading import Reading
-from selection import RECENT, SINKS
 from signature import IN_NUMPY, Signature
 from subject import ServiceCache, Subject, fill, in_numpy
 
@@ -64,13 +63,12 @@ class Exam:
         if signature.kind in IN_NUMPY:
             exact = self.subject.exact_cache(self.reading, ROOM)
             return {k: self.ask(in_numpy(signature, exact, k)) for k in budgets}
-        import pivotkv
         subject, length = self.subject, len(self.reading.tokens)
         model = subject.open_model(kv, signature, subject.layers, f"needles-{self.name}")
         with model.sequence(max(subject.model.context, length + ROOM)) as sequence:
             for layer in range(subject.layers):
                 fill(sequence, self.reading, layer, layer, 0, length, LEARN)
-            return {k: self.ask(ServiceCache(sequence, pivotkv.Budget(k=k, sinks=SINKS, recent=RECENT))) for k in budgets}
+            return {k: self.ask(ServiceCache(sequence, signature.budget(k))) for k in budgets}
 
 
 def accuracy(right: list[bool]) -> tuple[float, float]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 import pathlib
 from dataclasses import dataclass
 
+from selection import RECENT, SINKS
+
 IN_NUMPY = ("oracle", "quest")
 
 
@@ -23,6 +25,13 @@ class Signature:
             raise ValueError(f"{text!r} is no signature: code:BITS, sign:BITS, hash:BITS:FILE, linear:BITS:FILE, "
                              f"{' or '.join(IN_NUMPY)}")
         return Signature(kind, int(bits), pathlib.Path(weights) if weights else None)
+
+    def budget(self, k: int):
+        """What a query attends under it. The learned hash's scores are counts of equal bits, no estimates of probabilities: its
+        heads' scores are summed, as HashAttention's pieces do over a group."""
+        import pivotkv
+        rule = pivotkv.Rule.SUM if self.kind == "hash" else pivotkv.Rule.SOFTMAX_SUM
+        return pivotkv.Budget(k=k, sinks=SINKS, recent=RECENT, rule=rule)
 
     def bytes(self, head_dim: int) -> int | None:
         """Per token and KV head; Quest's pages of 8 keep two numbers of 4 bits a channel."""
