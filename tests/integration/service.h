@@ -31,15 +31,20 @@ static inline struct pkv *attach(const struct test_daemon *d, uint32_t flags)
     return kv;
 }
 
+static inline struct pkv_model_desc described(const char *name)
+{
+    return (struct pkv_model_desc){.size = sizeof(struct pkv_model_desc),
+                                   .layers = LAYERS,
+                                   .q_heads = Q_HEADS,
+                                   .kv_heads = KV_HEADS,
+                                   .head_dim = DIM,
+                                   .type = PKV_TYPE_F32,
+                                   .name = name};
+}
+
 static inline struct pkv_model *open_named(struct pkv *kv, const char *name)
 {
-    struct pkv_model_desc desc = {.size = sizeof(desc),
-                                  .layers = LAYERS,
-                                  .q_heads = Q_HEADS,
-                                  .kv_heads = KV_HEADS,
-                                  .head_dim = DIM,
-                                  .type = PKV_TYPE_F32,
-                                  .name = name};
+    struct pkv_model_desc desc = described(name);
     struct pkv_model *model = NULL;
     GOOD(kv, pkv_model_open(kv, &desc, &model));
     return model;

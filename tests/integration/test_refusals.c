@@ -41,13 +41,7 @@ static void test_models(void **state)
 {
     (void)state;
     struct pkv_model *m;
-    const struct pkv_model_desc good = {.size = sizeof(good),
-                                        .layers = LAYERS,
-                                        .q_heads = Q_HEADS,
-                                        .kv_heads = KV_HEADS,
-                                        .head_dim = DIM,
-                                        .type = PKV_TYPE_F32,
-                                        .name = "test"};
+    const struct pkv_model_desc good = described("test");
     struct pkv_model_desc d = good;
     GOOD(kv, pkv_model_open(kv, &d, &m));
     GOOD(kv, pkv_model_close(m));

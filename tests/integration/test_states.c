@@ -43,14 +43,8 @@ static int stop(void **state)
 /* A `code` that calibrates itself; skips where the library cannot. */
 static struct pkv_model *open_code(struct pkv *kv, const char *name)
 {
-    struct pkv_model_desc desc = {.size = sizeof(desc),
-                                  .layers = LAYERS,
-                                  .q_heads = Q_HEADS,
-                                  .kv_heads = KV_HEADS,
-                                  .head_dim = DIM,
-                                  .type = PKV_TYPE_F32,
-                                  .signature = PKV_CODE,
-                                  .name = name};
+    struct pkv_model_desc desc = described(name);
+    desc.signature = PKV_CODE;
     struct pkv_model *model = NULL;
     int r = pkv_model_open(kv, &desc, &model);
     if (r == -EOPNOTSUPP)
