@@ -11,6 +11,7 @@
  * What does not fit (team_size) runs as the stages of table.c. */
 #include "gpu/cuda/choose.cuh"
 #include "gpu/cuda/rows.cuh"
+#include "gpu/cuda/team_bias.cuh"
 #include "gpu/cuda/team_scan.cuh"
 
 #if __CUDA_ARCH__ >= 900
