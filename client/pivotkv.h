@@ -189,8 +189,7 @@ struct pkv_batch_options {
 };
 
 /* Sequences of one model that this worker writes, in the order of the arrays below; `options` may be NULL. Those not longer
- * than sinks + recent + k, or dense_below, are attended densely. -EOPNOTSUPP: a served connection; a group rule that the GPU
- * lacks. */
+ * than sinks + recent + k, or dense_below, are attended densely. -EOPNOTSUPP: a served connection. */
 PKV_API int pkv_batch_open(struct pkv_seq *const *seqs, uint32_t count, const struct pkv_budget *budget,
                            const struct pkv_batch_options *options, struct pkv_batch **ret);
 /* Waits, with a bound, for the steps in flight. -ETIMEDOUT: they have not ended, and the batch stays. */

@@ -44,11 +44,10 @@ struct gpu_backend {
     int (*sign)(void *backend, const struct gpu_sign_args *args);
     int (*put_signatures)(void *backend, const struct gpu_signatures_args *args);
     int (*read)(void *backend, const struct gpu_read_args *args);
-    /* The softmax rule, every query with more tokens than its list holds. */
+    /* Every query has more tokens than its list holds. */
     int (*select)(void *backend, const struct gpu_select_args *args, const struct gpu_rows *ret_rows);
     int (*gather)(void *backend, const struct gpu_select_args *args, const struct gpu_rows *rows, void *ret);
     int (*dense)(void *backend, const struct gpu_dense_args *args);
-    /* The softmax rule. */
     int (*attend)(void *backend, const struct gpu_attend_args *args);
     /* gpu/batch.h; batch_open NULL: there are none. */
     int (*batch_open)(void *backend, const struct gpu_batch_options *options, void **ret);

@@ -253,13 +253,13 @@ int host_select(struct gpu *gpu, const struct gpu_select_args *a, const struct g
     return 0;
 }
 
-/* The device's kernels know one rule, and leave lists empty that would hold everything. */
-static bool on_device(const struct gpu_select_args *a, const struct gpu_rows *rows)
+/* The device's kernels leave lists empty that would hold everything. */
+static bool sparse(const struct gpu_select_args *a, const struct gpu_rows *rows)
 {
     for (uint32_t s = 0; s < a->seqs; s++)
         if (a->views[s].tokens - a->views[s].queries < rows->rows_max)
             return false;
-    return a->policy.rule == PKV_RULE_SOFTMAX;
+    return true;
 }
 
 int gpu_select(struct gpu *gpu, const struct gpu_select_args *a, const struct gpu_rows *rows)
@@ -273,7 +273,7 @@ int gpu_select(struct gpu *gpu, const struct gpu_select_args *a, const struct gp
         return -PKV_ERR_SHAPE;
     if (!gpu->backend)
         return host_select(gpu, a, rows);
-    return on_device(a, rows) ? gpu->backend->select(gpu->device, a, rows) : staged_select(gpu, a, rows);
+    return sparse(a, rows) ? gpu->backend->select(gpu->device, a, rows) : staged_select(gpu, a, rows);
 }
 
 struct gather {

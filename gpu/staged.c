@@ -1,5 +1,5 @@
 /* What the device's kernels lack, on the CPU: the blocks are brought to memory of its own, and the host backend works there.
- * For selection rules other than softmax, and sequences so short that a list holds all of them. */
+ * For sequences so short that a list holds all of them, and lists that somebody else made. */
 #include "gpu/internal.h"
 
 #include <stdlib.h>

@@ -66,8 +66,7 @@ static int attend_device(struct gpu *gpu, const struct gpu_attend_args *a)
 static uint32_t together(const struct gpu *gpu, const struct gpu_attend_args *a, uint32_t first)
 {
     uint32_t n = 1;
-    bool can = gpu->backend && a->policy.rule == PKV_RULE_SOFTMAX;
-    while (can && first + n < a->seqs && !dense_view(&a->policy, a->views[first + n].tokens))
+    while (gpu->backend && first + n < a->seqs && !dense_view(&a->policy, a->views[first + n].tokens))
         n++;
     return n;
 }
@@ -93,7 +92,7 @@ int gpu_attend(struct gpu *gpu, const struct gpu_attend_args *a)
         part.views = view, part.seqs = n;
         if (dense)
             r = attend_dense(gpu, a, view, part.q, part.out, part.lse);
-        else if (gpu->backend && a->policy.rule == PKV_RULE_SOFTMAX)
+        else if (gpu->backend)
             r = attend_device(gpu, &part);
         else
             r = attend_sparse(gpu, a, view, part.q, part.out, part.lse);

@@ -192,7 +192,7 @@ int backend_batch_open(void *backend, const struct gpu_batch_options *o, void **
         return -PKV_ERR_NO_MEMORY;
     *b = (struct batch){.backend = backend, .geom = *o->geom, .seqs = o->seqs, .queries = o->queries, .runs = o->runs};
     b->run = calloc(o->runs, sizeof(*b->run));
-    int r = o->policy.rule != PKV_RULE_SOFTMAX ? -PKV_ERR_UNSUPPORTED : b->run ? backend_enter(backend) : -PKV_ERR_NO_MEMORY;
+    int r = b->run ? backend_enter(backend) : -PKV_ERR_NO_MEMORY;
     r = r ? r : backend_leave(backend, fill(b, o));
     if (r) {
         backend_batch_close(b);

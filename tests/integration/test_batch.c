@@ -106,11 +106,13 @@ static void compare(const struct pkv_budget *b, uint32_t n)
 static void test_same_bits(void **state)
 {
     (void)state;
-    struct pkv_budget sparse = budget(40), short_ones_dense = budget(40), dense = budget(0), top_p = budget(60);
+    struct pkv_budget sparse = budget(40), short_ones_dense = budget(40), dense = budget(0), top_p = budget(60),
+                      sum = budget(40), max = budget(40);
     short_ones_dense.dense_below = 350, top_p.top_p = 0.4f;
     sparse.dense_below = 121; /* pkv_attend refuses a k above the length; a batch attends densely */
-    top_p.dense_below = 141;
+    top_p.dense_below = 141, sum.dense_below = max.dense_below = 121, sum.rule = PKV_SUM, max.rule = PKV_MAX_SCORE;
     compare(&sparse, 1), compare(&sparse, 2), compare(&short_ones_dense, 1), compare(&dense, 2), compare(&top_p, 1);
+    compare(&sum, 2), compare(&max, 1);
 }
 
 /* Rows of a pool that is too small go to the arena while batches read: exact attention over all of them stays exact. */

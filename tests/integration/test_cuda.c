@@ -191,6 +191,10 @@ static void test_replayed_graphs(void **state)
     replay(&dense, 0, true);
     replay(&wide, 0, true);
     replay(&sparse, 0, false);
+    sparse.rule = PKV_SUM;
+    replay(&sparse, 0, false);
+    sparse.rule = PKV_MAX_SCORE;
+    replay(&sparse, 0, false);
 }
 
 /* A pool that is too small: rows are read from the arena and the row cache while blocks leave. */
