@@ -62,6 +62,21 @@ static void piece_put(struct backend *b, struct piece *p)
     }
 }
 
+/* All queries of the views, at most `most` at a time. */
+static int in_pieces(struct backend *b, struct piece p, uint32_t most,
+                     int (*run)(struct backend *b, struct piece *p, const void *job), const void *job)
+{
+    uint32_t total = all_queries(p.views, p.seqs);
+    int r = backend_enter(b);
+    if (r)
+        return r;
+    for (p.first = 0; p.first < total && !r; p.first += p.count) {
+        p.count = PKV_MIN(most, total - p.first);
+        r = run(b, &p, job);
+    }
+    return backend_leave(b, r);
+}
+
 static void visible_of(const struct backend *b, const struct piece *p, uint32_t query, const struct gpu_view **ret_view,
                        uint32_t *ret_visible)
 {
@@ -178,8 +193,9 @@ static void explain_piece(const struct backend *b, const struct piece *p, const 
     e->sign_ns += between(b, 0), e->scan_ns += between(b, 1), e->select_ns += between(b, 2), e->attend_ns += between(b, 3);
 }
 
-static int attend_piece(struct backend *b, const struct gpu_attend_args *args, struct piece *p)
+static int attend_piece(struct backend *b, struct piece *p, const void *job)
 {
+    const struct gpu_attend_args *args = job;
     const struct pkv_geom *g = p->geom;
     struct cuda_attend a;
     uint64_t heads = (uint64_t)p->count * g->q_heads, lists = (uint64_t)p->count * g->kv_heads, numbers = heads * g->head_dim;
@@ -222,17 +238,8 @@ static uint32_t queries_at_once(const struct pkv_geom *g, const struct gpu_view 
 
 int backend_attend(void *backend, const struct gpu_attend_args *args)
 {
-    struct backend *b = backend;
-    uint32_t total = all_queries(args->views, args->seqs), most = queries_at_once(args->geom, args->views, args->seqs);
-    int r = backend_enter(b);
-    if (r)
-        return r;
-    for (uint32_t at = 0, n; at < total && !r; at += n) {
-        n = PKV_MIN(most, total - at);
-        struct piece p = {args->geom, &args->space, args->views, args->seqs, at, n, 0, 0};
-        r = attend_piece(b, args, &p);
-    }
-    return backend_leave(b, r);
+    struct piece all = {.geom = args->geom, .space = &args->space, .views = args->views, .seqs = args->seqs};
+    return in_pieces(backend, all, queries_at_once(args->geom, args->views, args->seqs), attend_piece, args);
 }
 
 /* ---- select ---- */
@@ -255,8 +262,16 @@ static void lists_out(const struct backend *b, const struct piece *p, uint32_t s
     }
 }
 
-static int select_piece(struct backend *b, const struct gpu_select_args *args, const struct gpu_rows *rows, struct piece *p)
+struct lists_job {
+    const struct gpu_select_args *args;
+    const struct gpu_rows *rows;
+    char *ret; /* gather's */
+};
+
+static int select_piece(struct backend *b, struct piece *p, const void *job)
 {
+    const struct gpu_select_args *args = ((const struct lists_job *)job)->args;
+    const struct gpu_rows *rows = ((const struct lists_job *)job)->rows;
     struct cuda_attend a;
     uint64_t lists = (uint64_t)p->count * p->geom->kv_heads;
     int r = piece_start(b, p, &args->policy, args->q, weights_bytes(p), &a);
@@ -284,17 +299,9 @@ static int select_piece(struct backend *b, const struct gpu_select_args *args, c
 
 int backend_select(void *backend, const struct gpu_select_args *args, const struct gpu_rows *rows)
 {
-    struct backend *b = backend;
-    uint32_t total = all_queries(args->views, args->seqs), most = queries_at_once(args->geom, args->views, args->seqs);
-    int r = backend_enter(b);
-    if (r)
-        return r;
-    for (uint32_t at = 0, n; at < total && !r; at += n) {
-        n = PKV_MIN(most, total - at);
-        struct piece p = {args->geom, &args->space, args->views, args->seqs, at, n, 0, 0};
-        r = select_piece(b, args, rows, &p);
-    }
-    return backend_leave(b, r);
+    struct piece all = {.geom = args->geom, .space = &args->space, .views = args->views, .seqs = args->seqs};
+    struct lists_job job = {args, rows, NULL};
+    return in_pieces(backend, all, queries_at_once(args->geom, args->views, args->seqs), select_piece, &job);
 }
 
 /* ---- gather ---- */
@@ -316,8 +323,9 @@ static int rows_out(struct backend *b, const uint32_t *count, uint64_t lists, ui
     return r;
 }
 
-static int gather_piece(struct backend *b, const struct gpu_rows *rows, struct piece *p, char *ret)
+static int gather_piece(struct backend *b, struct piece *p, const void *job)
 {
+    const struct gpu_rows *rows = ((const struct lists_job *)job)->rows;
     const struct pkv_geom *g = p->geom;
     uint64_t lists = (uint64_t)p->count * g->kv_heads, first = (uint64_t)p->first * g->kv_heads;
     uint64_t entries = lists * rows->rows_max, stride = rows->rows_max * pkv_geom_row_bytes(g);
@@ -338,21 +346,15 @@ static int gather_piece(struct backend *b, const struct gpu_rows *rows, struct p
     gather.to = b->rows.device;
     r = area_send(b, &b->in);
     r = r ? r : cuda_rows_launch(&gather, b->stream);
-    return r ? r : rows_out(b, rows->count + first, lists, pkv_geom_row_bytes(g), rows->rows_max, ret + first * stride);
+    return r ? r
+             : rows_out(b, rows->count + first, lists, pkv_geom_row_bytes(g), rows->rows_max,
+                        ((const struct lists_job *)job)->ret + first * stride);
 }
 
 int backend_gather(void *backend, const struct gpu_select_args *args, const struct gpu_rows *rows, void *ret)
 {
-    struct backend *b = backend;
     uint64_t each = (uint64_t)args->geom->kv_heads * rows->rows_max * pkv_geom_row_bytes(args->geom);
-    uint32_t total = all_queries(args->views, args->seqs), most = (uint32_t)PKV_MAX(ROWS_BYTES / each, 1ull);
-    int r = backend_enter(b);
-    if (r)
-        return r;
-    for (uint32_t at = 0, n; at < total && !r; at += n) {
-        n = PKV_MIN(most, total - at);
-        struct piece p = {args->geom, &args->space, args->views, args->seqs, at, n, 0, 0};
-        r = gather_piece(b, rows, &p, ret);
-    }
-    return backend_leave(b, r);
+    struct piece all = {.geom = args->geom, .space = &args->space, .views = args->views, .seqs = args->seqs};
+    struct lists_job job = {args, rows, ret};
+    return in_pieces(backend, all, (uint32_t)PKV_MAX(ROWS_BYTES / each, 1ull), gather_piece, &job);
 }

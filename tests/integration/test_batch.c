@@ -54,6 +54,15 @@ static struct pkv_seq *create(struct pkv *kv, struct pkv_model *model, uint32_t 
     return seq;
 }
 
+/* One sequence in a batch of its own. */
+static struct pkv_batch *batch_of(struct pkv *kv, struct pkv_seq *seq)
+{
+    struct pkv_budget b = budget(20);
+    struct pkv_batch *batch = NULL;
+    GOOD(kv, pkv_batch_open(&seq, 1, &b, NULL, &batch));
+    return batch;
+}
+
 /* A step of a batch over all layers; *k_ and so on [seqs][n]. */
 static int step(struct pkv_batch *batch, const float *k_, const float *v_, const float *q_, float *out, float *lse,
                 uint64_t out_layer, uint64_t lse_layer)
@@ -221,11 +230,10 @@ static void test_many_batches(void **state)
     struct pkv_model *model = open_model(kv);
     struct pkv_seq *seqs[COUNT];
     struct pkv_batch *batches[COUNT];
-    struct pkv_budget b = budget(20);
     float out[QUERY], lse[Q_HEADS];
     for (uint32_t i = 0; i < COUNT; i++) {
         seqs[i] = create(kv, model, 60, 0);
-        GOOD(kv, pkv_batch_open(&seqs[i], 1, &b, NULL, &batches[i]));
+        batches[i] = batch_of(kv, seqs[i]);
     }
     for (uint32_t t = 60; t < 70; t++)
         for (uint32_t i = 0; i < COUNT; i++)
@@ -246,7 +254,7 @@ static void test_limits(void **state)
     struct pkv_budget b = budget(20);
     struct pkv_batch *batch;
     float out[QUERY], lse[Q_HEADS];
-    GOOD(kv, pkv_batch_open(&seq, 1, &b, NULL, &batch));
+    batch = batch_of(kv, seq);
     GOOD(kv, step(batch, k, v, q, out, lse, 0, 0));
     assert_int_equal(pkv_batch_begin(batch, NULL), -EOVERFLOW);
     GOOD(kv, pkv_batch_wait(batch));
@@ -265,12 +273,10 @@ static void test_not_finite(void **state)
     (void)state;
     struct pkv *kv = attach(&daemon_, 0);
     struct pkv_seq *seq = create(kv, open_model(kv), 64, 0);
-    struct pkv_budget b = budget(20);
-    struct pkv_batch *batch;
     float out[QUERY], lse[Q_HEADS], bad[ROW];
     memcpy(bad, k, sizeof(bad));
     bad[7] = NAN;
-    GOOD(kv, pkv_batch_open(&seq, 1, &b, NULL, &batch));
+    struct pkv_batch *batch = batch_of(kv, seq);
     GOOD(kv, step(batch, k + 64 * ROW, v + 64 * ROW, q, out, lse, 0, 0));
     int r = step(batch, bad, v, q, out, lse, 0, 0);
     if (faults) {
@@ -294,11 +300,10 @@ static void test_stale(void **state)
     struct pkv *kv = attach(&daemon_, 0), *other = attach(&daemon_, 0);
     struct pkv_model *model = open_named(kv, "unlearnt"); /* nobody has taught it */
     struct pkv_seq *seq = create(kv, model, 10, 0), *theirs;
-    struct pkv_budget b = budget(20);
     struct pkv_batch *batch;
     float out[QUERY], lse[Q_HEADS];
     /* The scheme learns from what is appended to another sequence of the model: what was signed is signed anew. */
-    GOOD(kv, pkv_batch_open(&seq, 1, &b, NULL, &batch));
+    batch = batch_of(kv, seq);
     GOOD(kv, step(batch, k + 10 * ROW, v + 10 * ROW, q, out, lse, 0, 0));
     GOOD(kv, pkv_batch_wait(batch));
     (void)create(kv, model, 500, 0);
@@ -306,7 +311,7 @@ static void test_stale(void **state)
     assert_non_null(strstr(pkv_error(kv), "open it again"));
     GOOD(kv, pkv_batch_close(batch));
     /* Another worker destroys the sequence. */
-    GOOD(kv, pkv_batch_open(&seq, 1, &b, NULL, &batch));
+    batch = batch_of(kv, seq);
     GOOD(kv, step(batch, k + 11 * ROW, v + 11 * ROW, q, out, lse, 0, 0));
     GOOD(other, pkv_seq_open(open_named(other, "unlearnt"), pkv_seq_handle(seq), &theirs));
     GOOD(other, pkv_seq_destroy(theirs));
@@ -323,10 +328,8 @@ static void test_streams_that_hang(void **state)
     (void)state;
     struct pkv *kv = attach_for(200);
     struct pkv_seq *seq = create(kv, open_model(kv), 60, 0);
-    struct pkv_budget b = budget(20);
-    struct pkv_batch *batch;
     float out[QUERY], lse[Q_HEADS];
-    GOOD(kv, pkv_batch_open(&seq, 1, &b, NULL, &batch));
+    struct pkv_batch *batch = batch_of(kv, seq);
     faults->steps_hang = 1;
     for (uint32_t i = 60; i < 60 + PKV_BATCH_STEPS; i++)
         GOOD(kv, step(batch, k + i * ROW, v + i * ROW, q, out, lse, 0, 0));
@@ -348,8 +351,6 @@ static void test_places_wait_for_steps(void **state)
     struct pkv *kv = attach_for(200);
     struct pkv_model *model = open_model(kv);
     struct pkv_seq *seq = create(kv, model, 640, 0), *more;
-    struct pkv_budget b = budget(20);
-    struct pkv_batch *batch;
     float out[QUERY], lse[Q_HEADS];
     test_daemon_stop(&daemon_); /* of its own: the pool is full with this sequence */
     pkv_close(kv);
@@ -357,7 +358,7 @@ static void test_places_wait_for_steps(void **state)
     kv = attach_for(2000);
     model = open_model(kv);
     seq = create(kv, model, 640, 0);
-    GOOD(kv, pkv_batch_open(&seq, 1, &b, NULL, &batch));
+    struct pkv_batch *batch = batch_of(kv, seq);
     faults->steps_hang = 1;
     GOOD(kv, step(batch, k + 640 * ROW, v + 640 * ROW, q, out, lse, 0, 0));
     more = create(kv, model, 0, 0);
@@ -384,10 +385,8 @@ static void test_lost_device(void **state)
     (void)state;
     struct pkv *kv = attach_for(5000);
     struct pkv_seq *seq = create(kv, open_model(kv), 60, 0);
-    struct pkv_budget b = budget(20);
-    struct pkv_batch *batch;
     float out[QUERY], lse[Q_HEADS];
-    GOOD(kv, pkv_batch_open(&seq, 1, &b, NULL, &batch));
+    struct pkv_batch *batch = batch_of(kv, seq);
     faults->steps_hang = 1;
     GOOD(kv, step(batch, k + 60 * ROW, v + 60 * ROW, q, out, lse, 0, 0));
     faults->lost = 1;
@@ -406,10 +405,8 @@ static void test_death_of_the_daemon(void **state)
     (void)state;
     struct pkv *kv = attach(&daemon_, 0);
     struct pkv_seq *seq = create(kv, open_model(kv), 60, 0);
-    struct pkv_budget b = budget(20);
-    struct pkv_batch *batch;
     float out[QUERY], lse[Q_HEADS];
-    GOOD(kv, pkv_batch_open(&seq, 1, &b, NULL, &batch));
+    struct pkv_batch *batch = batch_of(kv, seq);
     GOOD(kv, pkv_batch_begin(batch, NULL));
     test_daemon_kill(&daemon_);
     for (uint32_t l = 0; l < LAYERS; l++) { /* the step under way can still be finished: its memory is here */
