@@ -2,6 +2,7 @@
  * what the selection missed goes into the worker's counters, by model.
  *
  *   IDLE --`skip` sparse calls later--> DUE --the call succeeds, sparse there--> RUNNING --all blocks seen--> counted, IDLE
+ *   IDLE --a step of a batch has kept what it did (batch_audit.c)--------------> RUNNING
  *
  * A sample runs in slices of blocks, one after each call, so that no call pays for a million tokens, and all of them together
  * take the share of attend's time that the daemon allows (control page, audit_ppm): time is earned by calls and spent on
@@ -36,15 +37,22 @@ static bool choose(struct audit *a, struct pkv_seq *const *seqs, const uint32_t 
     }
     if (!total || total > PKV_QUERIES_MAX || layer >= seqs[0]->model->geom.layers)
         return false;
-    a->query = (uint32_t)(at = audit_random(&a->random) % total);
+    a->query = (uint32_t)(at = audit_draw(a) % total);
     uint32_t i = 0;
     for (; at >= queries[i]; i++)
         at -= queries[i];
     a->seq = seqs[i], a->layer = layer, a->length = seq_layer_tokens(seqs[i], layer);
     a->tokens = a->length - queries[i] + 1 + at;
-    a->head = (uint32_t)(audit_random(&a->random) % seqs[0]->model->geom.kv_heads);
+    a->head = (uint32_t)(audit_draw(a) % seqs[0]->model->geom.kv_heads);
     *ret_total = total;
     return queries[i] <= a->length;
+}
+
+uint64_t audit_draw(struct audit *a)
+{
+    if (!a->random)
+        a->random = clock_ns() * 2 + 1;
+    return audit_random(&a->random);
 }
 
 float *audit_begin(struct pkv_seq *const *seqs, const uint32_t *queries, uint32_t count, uint32_t layer, float *lse)
@@ -53,8 +61,6 @@ float *audit_begin(struct pkv_seq *const *seqs, const uint32_t *queries, uint32_
     struct audit *a = &kv->audit;
     uint64_t total;
     a->begin_ns = clock_ns();
-    if (!a->random)
-        a->random = a->begin_ns * 2 + 1;
     a->due = !a->running && !a->skip && kv->control->audit_ppm && choose(a, seqs, queries, count, layer, &total);
     if (a->due && !lse) {
         lse = lse_room(a, total * seqs[0]->model->geom.q_heads);
@@ -207,7 +213,7 @@ static void step(struct pkv *kv, struct audit *a, uint64_t call_ns)
     } else if (count == left) {
         count_sample(kv, a);
         a->running = false;
-        a->skip = (uint32_t)(audit_random(&a->random) % (2u * a->seq->model->geom.layers)); /* whichever layer comes */
+        a->skip = (uint32_t)(audit_draw(a) % (2u * a->seq->model->geom.layers)); /* whichever layer comes */
     }
     uint64_t took = clock_ns() - begin;
     audit_spend(&a->purse, took, count);
@@ -232,6 +238,31 @@ void audit_end(struct pkv *kv, const struct audit_call *c)
     }
     if (a->running)
         step(kv, a, call_ns);
+}
+
+void audit_adopt(struct pkv *kv, const struct audit_kept *kept)
+{
+    struct audit *a = &kv->audit;
+    const struct pkv_geom *g = &kept->seq->model->geom;
+    uint64_t group = pkv_geom_group(g), numbers = group * g->head_dim, first = kept->head * numbers;
+    uint64_t bytes = pkv_dtype_bytes(g->dtype);
+    struct parts p;
+    if (a->running || a->due || !memory_get(a, g))
+        return;
+    memset(a->memory, 0, parts_of(a, g, &p)); /* the other heads' queries are looked at, and of no account */
+    memcpy(p.q + first * bytes, kept->q, numbers * bytes);
+    memcpy(p.out + first, kept->out, numbers * sizeof(float));
+    memcpy(p.lse + kept->head * group, kept->lse, group * sizeof(float));
+    a->seq = kept->seq, a->layer = kept->layer, a->head = kept->head, a->tokens = kept->tokens, a->scale = kept->scale;
+    a->block = 0, a->state = kept->seq->state, a->running = true;
+}
+
+void audit_turn(struct pkv *kv, uint64_t attend_ns)
+{
+    kv->region->counters.attend_call_ns += attend_ns;
+    audit_earn(&kv->audit.purse, attend_ns, kv->control->audit_ppm);
+    if (kv->audit.running)
+        step(kv, &kv->audit, attend_ns);
 }
 
 void audit_forget(const struct pkv_seq *seq)

@@ -11,12 +11,14 @@
  *   all slots in flight                begin waits for one, with the connection's bound: TIMEOUT. Slots are shared by a
  *                                      connection's batches; each looks after the others' steps that have ended
  *   a step meets NaN                   found when it has ended: its tokens and all later ones are taken back, begin or wait
- * says so a sequence destroyed elsewhere     begin: STALE; its places stay until the steps that read them have ended signatures
- * made anew               begin: BATCH_STALE, for the device works with a copy of the scheme, captured by value the stream
- * never ends              wait, close and begin: TIMEOUT; what the steps hold stays held the device is lost every call that
- * asks it: GPU_LOST; close frees this side the daemon is gone                 begin: DAEMON_GONE; steps in flight end by
- * themselves, their memory is this process's too this process dies in a step        its slots go with its region; the daemon
- * frees what it held (cachesvc/worker.c) Owner: the connection's thread. */
+ *                                      says so
+ *   a sequence destroyed elsewhere     begin: STALE; its places stay until the steps that read them have ended
+ *   signatures made anew               begin: BATCH_STALE, for the device works with a copy of the scheme, captured by value
+ *   the stream never ends              wait, close and begin: TIMEOUT; what the steps hold stays held
+ *   the device is lost                 every call that asks it: GPU_LOST; close frees this side
+ *   the daemon is gone                 begin: DAEMON_GONE; steps in flight end by themselves, their memory is this process's
+ * too this process dies in a step        its slots go with its region; the daemon frees what it held (cachesvc/worker.c) Owner:
+ * the connection's thread. */
 #include "client/batch.h"
 
 #define SLEEP_NS 20000
@@ -62,8 +64,10 @@ static int take_back(struct pkv_batch *b, uint32_t slot)
     r = r ? r : gpu_batch_reset(b->gpu);
     if (r)
         return r;
-    for (uint32_t i = 1; i < PKV_EPOCH_SLOTS; i++)
+    for (uint32_t i = 1; i < PKV_EPOCH_SLOTS; i++) {
         b->steps[i].flying = false;
+        batch_audit_ended(b, i, false);
+    }
     for (uint32_t i = 0; i < b->count && !r; i++) {
         struct pkv_seq *s = b->seqs[i].seq;
         if (s->tokens[0] > b->steps[slot].before[i])
@@ -91,6 +95,7 @@ static int reap(struct pkv_batch *b)
         if (gpu_batch_bad(b->gpu, slot))
             return take_back(b, slot);
         b->steps[slot].flying = false;
+        batch_audit_ended(b, slot, b->steps[slot].grows);
         r = seal_all(b, &b->steps[slot]);
     }
     return r;
@@ -133,17 +138,18 @@ static int seq_joins(struct pkv_batch *b, uint32_t index, struct pkv_seq *seq)
     return 0;
 }
 
-static int gpu_side(struct pkv_batch *b, const struct gpu_policy *policy, uint64_t cache_bytes)
+static int gpu_side(struct pkv_batch *b, uint64_t cache_bytes)
 {
     struct gpu_batch_run *run = calloc(b->count, sizeof(*run));
     uint32_t *blocks_max = malloc(b->count * sizeof(*blocks_max));
     struct gpu_batch_options o = {.geom = &b->model->geom,
-                                  .policy = *policy,
+                                  .policy = b->policy,
                                   .seqs = b->count,
                                   .queries = b->queries,
                                   .blocks_max = blocks_max,
                                   .run = run,
-                                  .cache_bytes = cache_bytes};
+                                  .cache_bytes = cache_bytes,
+                                  .keeps = b->audit.on};
     for (uint32_t i = 0; i < b->count && run && blocks_max; i++) {
         const struct gpu_scheme *scheme = b->seqs[i].scheme;
         blocks_max[i] = b->seqs[i].seq->table->blocks_max;
@@ -170,7 +176,7 @@ static void release(struct pkv_batch *b)
     free(b);
 }
 
-static int batch_make(struct pkv_batch *b, struct pkv_seq *const *seqs, const struct gpu_policy *policy, uint64_t cache_bytes)
+static int batch_make(struct pkv_batch *b, struct pkv_seq *const *seqs, uint64_t cache_bytes)
 {
     b->seqs = calloc(b->count, sizeof(*b->seqs)), b->lengths = calloc(b->count, sizeof(*b->lengths));
     int r = b->seqs && b->lengths ? 0 : -PKV_ERR_NO_MEMORY;
@@ -180,7 +186,7 @@ static int batch_make(struct pkv_batch *b, struct pkv_seq *const *seqs, const st
     }
     for (uint32_t i = 0; i < b->count && !r; i++)
         r = seq_joins(b, i, seqs[i]);
-    return r ? r : gpu_side(b, policy, cache_bytes);
+    return r ? r : gpu_side(b, cache_bytes);
 }
 
 int pkv_batch_open(struct pkv_seq *const *seqs, uint32_t count, const struct pkv_budget *budget,
@@ -201,7 +207,9 @@ int pkv_batch_open(struct pkv_seq *const *seqs, uint32_t count, const struct pkv
     if (!b)
         return kv_done(kv, r ? r : -PKV_ERR_NO_MEMORY);
     *b = (struct pkv_batch){.kv = kv, .model = seqs[0]->model, .count = count, .queries = PKV_MAX(o.queries, 1u)};
-    r = batch_make(b, seqs, &policy, o.cache_bytes);
+    b->policy = policy;
+    b->audit = (struct batch_audit){.on = kv->control->audit_ppm, .last = UINT32_MAX};
+    r = batch_make(b, seqs, o.cache_bytes);
     if (r) {
         release(b);
         return kv_done(kv, r);
@@ -331,11 +339,13 @@ static int begin(struct pkv_batch *b, void *stream)
     pkv_epoch_enter_slot(kv->region, kv->control, b->slot);
     r = batch_tables(b, stream);
     if (!r) {
-        r = gpu_batch_step(b->gpu, b->slot, b->lengths, b->entries, (uint32_t)b->entries_count, stream);
+        struct gpu_batch_step step = {b->slot, (uint32_t)b->entries_count, b->lengths, b->entries, batch_audit_wish(b)};
+        r = gpu_batch_step(b->gpu, &step, stream);
         if (r)
             batch_tables_forget(b);
     }
     if (r) {
+        batch_audit_ended(b, b->slot, false);
         pkv_store64(&kv->region->epoch[b->slot], PKV_EPOCH_IDLE);
         return r;
     }
@@ -365,7 +375,7 @@ int pkv_batch_append(struct pkv_batch *b, uint32_t layer, const void *k, const v
 int pkv_batch_attend(struct pkv_batch *b, uint32_t layer, const void *q, float *out, float *lse, void *stream)
 {
     int r = in_step(b, stream);
-    return kv_done(b->kv, r ? r : gpu_batch_attend(b->gpu, layer, q, out, lse, stream));
+    return kv_done(b->kv, r ? r : gpu_batch_attend(b->gpu, layer, q, out, lse, batch_audit_keeps(b, layer), stream));
 }
 
 static int end(struct pkv_batch *b, bool grows, void *stream)
@@ -388,6 +398,7 @@ static int end(struct pkv_batch *b, bool grows, void *stream)
         seq_claim(b->seqs[i].seq);
     }
     c->append_calls += layers, c->append_tokens += (uint64_t)layers * b->count * b->queries, c->attend_calls += layers;
+    batch_audit_turn(b);
     return 0;
 }
 

@@ -24,6 +24,16 @@ struct batch_step {
     uint64_t *before; /* [count] lengths */
 };
 
+/* batch_audit.c */
+struct batch_audit {
+    bool on;
+    uint32_t last, keeps; /* layers: the last one attended; the one of this pass whose call keeps */
+    uint32_t slot;        /* of the step that has a wish; 0: none */
+    uint32_t seq;         /* of the wish: an index */
+    uint64_t tokens;      /* that its query sees */
+    struct gpu_batch_wish wish;
+};
+
 struct pkv_batch {
     struct pkv *kv;
     struct pkv_model *model;
@@ -38,10 +48,18 @@ struct pkv_batch {
     uint64_t *lengths;             /* [count] of the step being begun */
     struct gpu_batch_ref *entries; /* [entries_room] */
     uint64_t entries_count, entries_room;
+    struct gpu_policy policy;
+    struct batch_audit audit;
 };
 
 /* batch_tables.c: what is new in the tables of all sequences, for lengths as in batch->lengths; inside the step's epoch. */
 int batch_tables(struct pkv_batch *batch, void *stream);
+/* batch_audit.c: a wish for the step that begins, or NULL; the step has ended (not cancelled, nor taken back: `good`); whether
+ * the call of this layer keeps; the step is on its way. */
+const struct gpu_batch_wish *batch_audit_wish(struct pkv_batch *batch);
+void batch_audit_ended(struct pkv_batch *batch, uint32_t slot, bool good);
+bool batch_audit_keeps(struct pkv_batch *batch, uint32_t layer);
+void batch_audit_turn(struct pkv_batch *batch);
 /* The device did not get what batch_tables found. */
 void batch_tables_forget(struct pkv_batch *batch);
 

@@ -196,7 +196,20 @@ struct audit_call {
 };
 float *audit_begin(struct pkv_seq *const *seqs, const uint32_t *queries, uint32_t count, uint32_t layer, float *lse);
 void audit_end(struct pkv *kv, const struct audit_call *call);
-void audit_forget(const struct pkv_seq *seq); /* before its tokens change, or it goes */
+/* The same for a step of a batch (batch_audit.c): what its device kept of one query token and kv head of a writer's sequence...
+ */
+struct audit_kept {
+    struct pkv_seq *seq;
+    uint32_t layer, head;
+    uint64_t tokens; /* that the query saw */
+    float scale;
+    const void *q;          /* [group][head_dim] */
+    const float *out, *lse; /* [group][head_dim], [group] */
+};
+uint64_t audit_draw(struct audit *audit);                        /* a random number */
+void audit_adopt(struct pkv *kv, const struct audit_kept *kept); /* becomes the sample, if there is none */
+void audit_turn(struct pkv *kv, uint64_t attend_ns);             /* ...and a slice of it, after so much time of attending */
+void audit_forget(const struct pkv_seq *seq);                    /* before its tokens change, or it goes */
 void audit_close(struct audit *audit);
 
 static inline uint64_t clock_ns(void)

@@ -177,7 +177,8 @@ PKV_API int pkv_audit(struct pkv_seq *seq, uint32_t queries, uint32_t layer, con
  * pkv_append and pkv_attend. A captured graph replays with whatever lengths and tables the step has that it is launched in.
  *
  * While a step is open or in flight its sequences refuse other calls: -EBUSY; pkv_batch_wait ends that. They cannot be closed
- * while they are in a batch. Batches teach a PKV_CODE nothing: prefill with pkv_append and pkv_attend does. */
+ * while they are in a batch. Batches teach a PKV_CODE nothing: prefill with pkv_append and pkv_attend does. They are audited:
+ * of each pass over the layers one attend call, captured ones included, launches two small kernels more. */
 
 struct pkv_batch;
 #define PKV_BATCH_STEPS 7u /* in flight */

@@ -22,6 +22,10 @@ struct gpu_batch {
     struct pkv_block_ref **refs; /* [seqs] of [layers][blocks_max] */
     struct gpu_view *views;      /* [seqs] */
     struct gpu_space readable, writable;
+    struct gpu_batch_wish wish;
+    struct gpu_batch_kept kept;
+    float *keep; /* lse of a call that brings none; then the kept q, out, lse. NULL: it never keeps */
+    bool wished;
 };
 
 static int check_options(const struct gpu_batch_options *o)
@@ -51,6 +55,11 @@ static int host_open(struct gpu_batch *b)
         return -PKV_ERR_NO_MEMORY;
     memcpy(b->runs, o->run, o->runs * sizeof(*b->runs));
     memcpy(b->blocks_max, o->blocks_max, o->seqs * sizeof(*b->blocks_max));
+    uint64_t heads = (uint64_t)o->seqs * o->queries * b->geom.q_heads;
+    uint64_t kept = pkv_geom_group(&b->geom) * (2ull * b->geom.head_dim + 1);
+    b->keep = o->keeps ? malloc((heads + kept) * sizeof(*b->keep)) : NULL;
+    if (o->keeps && !b->keep)
+        return -PKV_ERR_NO_MEMORY;
     for (uint32_t s = 0; s < o->seqs; s++) {
         b->refs[s] = calloc((uint64_t)b->geom.layers * b->blocks_max[s], sizeof(**b->refs));
         if (!b->refs[s])
@@ -88,7 +97,7 @@ void gpu_batch_close(struct gpu_batch *b)
         b->gpu->backend->batch_close(b->device);
     for (uint32_t s = 0; b->refs && s < b->options.seqs; s++)
         free(b->refs[s]);
-    free(b->runs), free(b->blocks_max), free(b->refs), free(b->views);
+    free(b->runs), free(b->blocks_max), free(b->refs), free(b->views), free(b->keep);
     free(b);
 }
 
@@ -103,15 +112,18 @@ int gpu_batch_forget(struct gpu_batch *b, uint32_t seq, void *stream)
     return b->device ? b->gpu->backend->batch_forget(b->device, seq, stream) : 0;
 }
 
-int gpu_batch_step(struct gpu_batch *b, uint32_t slot, const uint64_t *tokens, const struct gpu_batch_ref *refs, uint32_t count,
-                   void *stream)
+int gpu_batch_step(struct gpu_batch *b, const struct gpu_batch_step *step, void *stream)
 {
+    const struct gpu_batch_ref *refs = step->refs;
     if (b->device)
-        return b->gpu->backend->batch_step(b->device, slot, tokens, refs, count, stream);
+        return b->gpu->backend->batch_step(b->device, step, stream);
     for (uint32_t s = 0; s < b->options.seqs; s++)
-        b->views[s] = (struct gpu_view){.tokens = tokens[s], .queries = b->options.queries};
-    for (uint32_t i = 0; i < count; i++)
+        b->views[s] = (struct gpu_view){.tokens = step->tokens[s], .queries = b->options.queries};
+    for (uint32_t i = 0; i < step->count; i++)
         b->refs[refs[i].seq][(uint64_t)refs[i].layer * b->blocks_max[refs[i].seq] + refs[i].block] = refs[i].ref;
+    b->wished = step->wish != NULL;
+    if (step->wish)
+        b->wish = *step->wish, b->kept.found = false;
     return 0;
 }
 
@@ -152,12 +164,8 @@ int gpu_batch_append(struct gpu_batch *b, uint32_t layer, const void *k, const v
     return r;
 }
 
-int gpu_batch_attend(struct gpu_batch *b, uint32_t layer, const void *q, float *out, float *lse, void *stream)
+static int host_attend(struct gpu_batch *b, uint32_t layer, const void *q, float *out, float *lse)
 {
-    if (layer >= b->geom.layers)
-        return -PKV_ERR_INVALID;
-    if (b->device)
-        return b->gpu->backend->batch_attend(b->device, layer, q, out, lse, stream);
     uint64_t heads = (uint64_t)b->options.queries * b->geom.q_heads, numbers = heads * b->geom.head_dim;
     int r = 0;
     for (uint32_t run = 0, seq = 0; run < b->options.runs && !r; seq += b->runs[run++].seqs) {
@@ -176,6 +184,40 @@ int gpu_batch_attend(struct gpu_batch *b, uint32_t layer, const void *q, float *
         r = gpu_attend(b->gpu, &args);
     }
     return r;
+}
+
+static void host_keep(struct gpu_batch *b, uint32_t layer, const void *q, const float *out, const float *lse)
+{
+    const struct pkv_geom *g = &b->geom;
+    uint64_t group = pkv_geom_group(g), numbers = group * g->head_dim;
+    uint64_t first = (uint64_t)b->wish.query * g->q_heads + b->wish.head * group, bytes = pkv_dtype_bytes(g->dtype);
+    float *kept = b->keep + (uint64_t)b->options.seqs * b->options.queries * g->q_heads;
+    memcpy(kept, (const char *)q + first * g->head_dim * bytes, numbers * bytes);
+    memcpy(kept + numbers, out + first * g->head_dim, numbers * sizeof(*out));
+    memcpy(kept + 2 * numbers, lse + first, group * sizeof(*lse));
+    b->kept.q = kept, b->kept.out = kept + numbers, b->kept.lse = kept + 2 * numbers;
+    b->kept.layer = layer, b->kept.found = true, b->wished = false;
+}
+
+int gpu_batch_attend(struct gpu_batch *b, uint32_t layer, const void *q, float *out, float *lse, bool keeps, void *stream)
+{
+    if (layer >= b->geom.layers || (keeps && !b->options.keeps))
+        return -PKV_ERR_INVALID;
+    if (b->device)
+        return b->gpu->backend->batch_attend(b->device, layer, q, out, lse, keeps, stream);
+    uint64_t begin = gpu_now_ns();
+    lse = keeps && !lse ? b->keep : lse;
+    int r = host_attend(b, layer, q, out, lse);
+    if (keeps && !r)
+        b->kept.ns = gpu_now_ns() - begin;
+    if (keeps && !r && b->wished)
+        host_keep(b, layer, q, out, lse);
+    return r;
+}
+
+struct gpu_batch_kept gpu_batch_kept(const struct gpu_batch *b)
+{
+    return b->device ? b->gpu->backend->batch_kept(b->device) : b->kept;
 }
 
 int gpu_batch_end(struct gpu_batch *b, uint32_t slot, uint64_t epoch, void *stream)

@@ -29,6 +29,7 @@ struct gpu_batch_options {
     const uint32_t *blocks_max; /* [seqs] */
     const struct gpu_batch_run *run;
     uint64_t cache_bytes; /* device memory for rows of the arena; 0: none */
+    bool keeps;           /* attend may be asked to keep what it did */
 };
 
 int gpu_batch_open(struct gpu *gpu, const struct gpu_batch_options *options, struct gpu_batch **ret);
@@ -46,15 +47,27 @@ struct gpu_batch_ref {
     struct pkv_block_ref ref;
 };
 
-/* A step's lengths (its new tokens included) and entries, in the stream. `slot` (below PKV_EPOCH_SLOTS) is the step's until its
- * end has passed. */
-int gpu_batch_step(struct gpu_batch *batch, uint32_t slot, const uint64_t *tokens, const struct gpu_batch_ref *refs,
-                   uint32_t count, void *stream);
+/* One query token (of [seqs][queries]) and kv head, of which the step's first attend call that keeps is to keep what it did.
+ * One wish at a time: the next one when the step of the former has ended. */
+struct gpu_batch_wish {
+    uint32_t query, head;
+};
+
+/* A step's lengths (its new tokens included), entries, and wish, in the stream. */
+struct gpu_batch_step {
+    uint32_t slot;          /* below PKV_EPOCH_SLOTS; the step's until its end has passed */
+    uint32_t count;         /* of refs */
+    const uint64_t *tokens; /* [seqs] */
+    const struct gpu_batch_ref *refs;
+    const struct gpu_batch_wish *wish; /* NULL: none */
+};
+int gpu_batch_step(struct gpu_batch *batch, const struct gpu_batch_step *step, void *stream);
 /* k, v [seqs][queries][kv_heads][head_dim]. NaN or infinity: -PKV_ERR_NOT_FINITE on `host`, in the slot's bad word on `cuda`.
  */
 int gpu_batch_append(struct gpu_batch *batch, uint32_t layer, const void *k, const void *v, void *stream);
-/* q, out [seqs][queries][q_heads][head_dim], lse [seqs][queries][q_heads] or NULL. */
-int gpu_batch_attend(struct gpu_batch *batch, uint32_t layer, const void *q, float *out, float *lse, void *stream);
+/* q, out [seqs][queries][q_heads][head_dim], lse [seqs][queries][q_heads] or NULL. `keeps`: the call takes its own time, and
+ * keeps what the step wishes, for two launches more; a graph that captured it goes on doing so. */
+int gpu_batch_attend(struct gpu_batch *batch, uint32_t layer, const void *q, float *out, float *lse, bool keeps, void *stream);
 /* Behind all that the step reads, the stream writes PKV_EPOCH_IDLE to `epoch` (an address as gpu_batch_word returns it), after
  * the slot's bad word. */
 int gpu_batch_end(struct gpu_batch *batch, uint32_t slot, uint64_t epoch, void *stream);
@@ -62,6 +75,16 @@ int gpu_batch_end(struct gpu_batch *batch, uint32_t slot, uint64_t epoch, void *
 bool gpu_batch_bad(struct gpu_batch *batch, uint32_t slot);
 /* Forgets that, for all slots; nothing is in flight. */
 int gpu_batch_reset(struct gpu_batch *batch);
+
+/* What calls that keep have left. The arrays are of the wish: valid once its step has ended, until the next one. */
+struct gpu_batch_kept {
+    uint64_t ns; /* that such a call took lately; 0: there was none */
+    bool found;  /* the wish, in `layer` */
+    uint32_t layer;
+    const void *q;          /* [group][head_dim] of the model's type */
+    const float *out, *lse; /* [group][head_dim], [group] */
+};
+struct gpu_batch_kept gpu_batch_kept(const struct gpu_batch *batch);
 
 /* The page of CPU memory [base, base + 4096) as the stream writes it. */
 int gpu_batch_page(struct gpu_batch *batch, void *base, uint64_t *ret_address);

@@ -54,10 +54,10 @@ struct gpu_backend {
     void (*batch_close)(void *batch);
     int (*batch_spaces)(void *batch, const struct gpu_space *readable, const struct gpu_space *writable);
     int (*batch_forget)(void *batch, uint32_t seq, void *stream);
-    int (*batch_step)(void *batch, uint32_t slot, const uint64_t *tokens, const struct gpu_batch_ref *refs, uint32_t count,
-                      void *stream);
+    int (*batch_step)(void *batch, const struct gpu_batch_step *step, void *stream);
     int (*batch_append)(void *batch, uint32_t layer, const void *k, const void *v, void *stream);
-    int (*batch_attend)(void *batch, uint32_t layer, const void *q, float *out, float *lse, void *stream);
+    int (*batch_attend)(void *batch, uint32_t layer, const void *q, float *out, float *lse, bool keeps, void *stream);
+    struct gpu_batch_kept (*batch_kept)(const void *batch);
     int (*batch_end)(void *batch, uint32_t slot, uint64_t epoch, void *stream);
     bool (*batch_bad)(void *batch, uint32_t slot);
     int (*batch_reset)(void *batch);

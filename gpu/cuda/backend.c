@@ -272,6 +272,7 @@ const struct gpu_backend gpu_cuda_backend = {
     .batch_step = backend_batch_step,
     .batch_append = backend_batch_append,
     .batch_attend = backend_batch_attend,
+    .batch_kept = backend_batch_kept,
     .batch_end = backend_batch_end,
     .batch_bad = backend_batch_bad,
     .batch_reset = backend_batch_reset,

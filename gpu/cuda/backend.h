@@ -98,10 +98,10 @@ int backend_batch_open(void *backend, const struct gpu_batch_options *options, v
 void backend_batch_close(void *batch);
 int backend_batch_spaces(void *batch, const struct gpu_space *readable, const struct gpu_space *writable);
 int backend_batch_forget(void *batch, uint32_t seq, void *stream);
-int backend_batch_step(void *batch, uint32_t slot, const uint64_t *tokens, const struct gpu_batch_ref *refs, uint32_t count,
-                       void *stream);
+int backend_batch_step(void *batch, const struct gpu_batch_step *step, void *stream);
 int backend_batch_append(void *batch, uint32_t layer, const void *k, const void *v, void *stream);
-int backend_batch_attend(void *batch, uint32_t layer, const void *q, float *out, float *lse, void *stream);
+int backend_batch_attend(void *batch, uint32_t layer, const void *q, float *out, float *lse, bool keeps, void *stream);
+struct gpu_batch_kept backend_batch_kept(const void *batch);
 int backend_batch_end(void *batch, uint32_t slot, uint64_t epoch, void *stream);
 bool backend_batch_bad(void *batch, uint32_t slot);
 int backend_batch_reset(void *batch);

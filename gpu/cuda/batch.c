@@ -41,7 +41,10 @@ struct batch {
     uint64_t cache_entries, cache_rows; /* of one layer, in entries */
     uint32_t *bad, *bad_words;          /* on the device; pinned, [PKV_EPOCH_SLOTS] */
     struct step_slot slots[PKV_EPOCH_SLOTS];
-    bool page; /* it uses the backend's */
+    struct cuda_keeper *keeper; /* on the device; NULL: it never keeps */
+    struct cuda_kept *kept;     /* pinned */
+    float *lse;                 /* on the device, of calls that keep and bring none */
+    bool page;                  /* it uses the backend's */
 };
 
 static int take(struct batch *b, uint64_t bytes, void *ret)
@@ -139,6 +142,19 @@ static int open_slots(struct batch *b)
     return r;
 }
 
+static int open_keeper(struct batch *b)
+{
+    uint64_t lse = (uint64_t)b->seqs * b->queries * b->geom.q_heads * sizeof(*b->lse);
+    uint64_t numbers = pkv_geom_group(&b->geom) * (2ull * b->geom.head_dim + 1);
+    uint64_t bytes = sizeof(*b->kept) + numbers * sizeof(float);
+    int r = take(b, sizeof(*b->keeper), &b->keeper);
+    r = r ? r : take(b, lse, &b->lse);
+    r = r ? r : backend_error(b->backend, cudaHostAlloc((void **)&b->kept, bytes, cudaHostAllocMapped));
+    if (!r)
+        memset(b->kept, 0, bytes);
+    return r;
+}
+
 static int fill(struct batch *b, const struct gpu_batch_options *o)
 {
     uint32_t tokens_max = 0;
@@ -154,6 +170,7 @@ static int fill(struct batch *b, const struct gpu_batch_options *o)
     r = r ? r : open_tables(b, o->blocks_max);
     r = r ? r : open_queries(b);
     r = r ? r : open_cache(b, o->cache_bytes);
+    r = r || !o->keeps ? r : open_keeper(b);
     for (uint32_t i = 0; i < b->runs && !r; i++)
         r = open_run(b, o, i, tokens_max);
     /* Everything has arrived before any stream of the caller's looks. */
@@ -173,7 +190,7 @@ void backend_batch_close(void *batch)
             cudaFreeHost(b->slots[s].host);
         cudaFree(b->read_bases), cudaFree(b->write_bases), cudaFree(b->tables), cudaFree(b->seq), cudaFree(b->query);
         cudaFree(b->cache.entries), cudaFree(b->cache.rows), cudaFree(b->cache.counters);
-        cudaFree(b->bad), cudaFreeHost(b->bad_words);
+        cudaFree(b->bad), cudaFreeHost(b->bad_words), cudaFree(b->keeper), cudaFree(b->lse), cudaFreeHost(b->kept);
         (void)cudaGetLastError();
         (void)backend_leave(b->backend, 0);
     }
@@ -255,25 +272,29 @@ static int slot_room(struct batch *b, struct step_slot *s, uint64_t bytes)
     return r;
 }
 
-int backend_batch_step(void *batch, uint32_t slot, const uint64_t *tokens, const struct gpu_batch_ref *refs, uint32_t count,
-                       void *stream)
+int backend_batch_step(void *batch, const struct gpu_batch_step *a, void *stream)
 {
     struct batch *b = batch;
-    struct step_slot *s = &b->slots[slot];
-    uint64_t lengths = PKV_ALIGN_UP(b->seqs * sizeof(*tokens), 256ull);
+    struct step_slot *s = &b->slots[a->slot];
+    uint64_t lengths = PKV_ALIGN_UP(b->seqs * sizeof(*a->tokens), 256ull);
     int r = backend_enter(b->backend);
     if (r)
         return r;
-    r = slot_room(b, s, lengths + count * sizeof(*refs));
+    r = slot_room(b, s, lengths + a->count * sizeof(*a->refs));
     if (!r) {
-        memcpy(s->host, tokens, b->seqs * sizeof(*tokens));
-        memcpy(s->host + lengths, refs, count * sizeof(*refs));
+        memcpy(s->host, a->tokens, b->seqs * sizeof(*a->tokens));
+        memcpy(s->host + lengths, a->refs, a->count * sizeof(*a->refs));
         struct cuda_step step = {.seqs = b->seq,
                                  .tokens = (const uint64_t *)(const void *)s->host,
                                  .refs = (const struct gpu_batch_ref *)(const void *)(s->host + lengths),
                                  .layers = b->geom.layers,
                                  .count = b->seqs,
-                                 .changed = count};
+                                 .changed = a->count,
+                                 .wanted = a->wish ? a->wish->query + 1 : 0,
+                                 .head = a->wish ? a->wish->head : 0,
+                                 .keeper = b->keeper};
+        if (a->wish) /* no step in flight has a wish that could write there */
+            __atomic_store_n(&b->kept->found, 0, __ATOMIC_RELAXED);
         r = cuda_step_launch(&step, stream);
     }
     return backend_leave(b->backend, r);
@@ -304,13 +325,15 @@ int backend_batch_append(void *batch, uint32_t layer, const void *k, const void 
     return backend_leave(b->backend, r);
 }
 
-int backend_batch_attend(void *batch, uint32_t layer, const void *q, float *out, float *lse, void *stream)
+int backend_batch_attend(void *batch, uint32_t layer, const void *q, float *out, float *lse, bool keeps, void *stream)
 {
     struct batch *b = batch;
     uint64_t heads = (uint64_t)b->queries * b->geom.q_heads, each = heads * b->geom.head_dim;
     int r = backend_enter(b->backend);
     if (r)
         return r;
+    lse = keeps && !lse ? b->lse : lse;
+    r = keeps ? cuda_mark_launch(b->keeper, stream) : 0;
     for (uint32_t i = 0; i < b->runs && !r; i++) {
         const struct run *run = &b->run[i];
         struct cuda_attend a = run->attend;
@@ -322,7 +345,24 @@ int backend_batch_attend(void *batch, uint32_t layer, const void *q, float *out,
         a.out = out + run->first * each, a.lse = lse ? lse + run->first * heads : NULL;
         r = gpu_cuda_table()->call(&a, stream);
     }
+    struct cuda_keep keep = {b->geom, b->keeper, b->kept, q, out, lse, layer, 0};
+    r = r || !keeps ? r : cuda_keep_launch(&keep, stream);
     return backend_leave(b->backend, r);
+}
+
+struct gpu_batch_kept backend_batch_kept(const void *batch)
+{
+    const struct batch *b = batch;
+    uint64_t numbers = (uint64_t)pkv_geom_group(&b->geom) * b->geom.head_dim;
+    if (!b->kept)
+        return (struct gpu_batch_kept){0};
+    const float *q = (const float *)(const void *)(b->kept + 1);
+    return (struct gpu_batch_kept){.ns = __atomic_load_n(&b->kept->ns, __ATOMIC_RELAXED),
+                                   .found = __atomic_load_n(&b->kept->found, __ATOMIC_ACQUIRE),
+                                   .layer = b->kept->layer,
+                                   .q = q,
+                                   .out = q + numbers,
+                                   .lse = q + 2 * numbers};
 }
 
 int backend_batch_end(void *batch, uint32_t slot, uint64_t epoch, void *stream)

@@ -1,5 +1,5 @@
 /* Before a step's layers: lengths and table entries, read from pinned memory. Behind them: its bad word, then its epoch's end.
- */
+ * Around a call that keeps: when it began; how long it took, and what the audit wants of it. */
 #include "gpu/cuda/device.cuh"
 #include "gpu/cuda/steps.h"
 #include "proto/region.h"
@@ -16,6 +16,47 @@ __global__ void __launch_bounds__(THREADS) step_kernel(const __grid_constant__ s
     }
     for (uint32_t i = first; i < s.layers * s.count; i += stride)
         s.seqs[i].tokens = s.tokens[i % s.count];
+    if (first == 0 && s.keeper)
+        s.keeper->wanted = s.wanted, s.keeper->head = s.head;
+}
+
+static __device__ __forceinline__ uint64_t now_ns(void)
+{
+    uint64_t t;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+    return t;
+}
+
+__global__ void mark_kernel(struct cuda_keeper *keeper)
+{
+    wait_for_former();
+    keeper->begin_ns = now_ns();
+}
+
+__global__ void __launch_bounds__(THREADS) keep_kernel(const __grid_constant__ struct cuda_keep k)
+{
+    wait_for_former();
+    uint32_t wanted = k.keeper->wanted, group = pkv_geom_group(&k.geom),
+             words = pkv_dtype_bytes(k.geom.dtype) * k.geom.head_dim / 4;
+    if (threadIdx.x == 0)
+        *(volatile uint64_t *)&k.kept->ns = now_ns() - k.keeper->begin_ns;
+    if (!wanted)
+        return;
+    uint64_t first = (uint64_t)(wanted - 1) * k.geom.q_heads + k.keeper->head * group;
+    uint32_t numbers = group * k.geom.head_dim;
+    volatile uint32_t *q = (uint32_t *)(k.kept + 1);
+    volatile float *out = (float *)(k.kept + 1) + numbers, *lse = out + numbers;
+    for (uint32_t i = threadIdx.x; i < group * words; i += THREADS)
+        q[i] = ((const uint32_t *)k.q)[first * words + i];
+    for (uint32_t i = threadIdx.x; i < numbers; i += THREADS)
+        out[i] = k.out[first * k.geom.head_dim + i];
+    for (uint32_t i = threadIdx.x; i < group; i += THREADS)
+        lse[i] = k.lse[first + i];
+    __syncthreads();
+    if (threadIdx.x)
+        return;
+    *(volatile uint32_t *)&k.kept->layer = k.layer, *(volatile uint32_t *)&k.kept->found = 1; /* read once the step has ended */
+    k.keeper->wanted = 0;
 }
 
 __global__ void end_kernel(const __grid_constant__ struct cuda_end e)
@@ -28,15 +69,25 @@ __global__ void end_kernel(const __grid_constant__ struct cuda_end e)
 extern "C" int cuda_steps_preload(void)
 {
     cudaFuncAttributes f;
-    return cudaFuncGetAttributes(&f, step_kernel) == cudaSuccess && cudaFuncGetAttributes(&f, end_kernel) == cudaSuccess
-               ? 0
-               : -(int)PKV_ERR_UNSUPPORTED;
+    bool all = cudaFuncGetAttributes(&f, step_kernel) == cudaSuccess && cudaFuncGetAttributes(&f, end_kernel) == cudaSuccess &&
+               cudaFuncGetAttributes(&f, mark_kernel) == cudaSuccess && cudaFuncGetAttributes(&f, keep_kernel) == cudaSuccess;
+    return all ? 0 : -(int)PKV_ERR_UNSUPPORTED;
 }
 
 extern "C" int cuda_step_launch(const struct cuda_step *s, void *stream)
 {
     uint32_t most = PKV_MAX(s->changed, s->layers * s->count);
     return launch(step_kernel, dim3(PKV_MIN(PKV_DIV_UP(most, THREADS), 256u)), THREADS, 0, *s, stream, false);
+}
+
+extern "C" int cuda_mark_launch(struct cuda_keeper *keeper, void *stream)
+{
+    return launch(mark_kernel, dim3(1), 1, 0, keeper, stream);
+}
+
+extern "C" int cuda_keep_launch(const struct cuda_keep *k, void *stream)
+{
+    return launch(keep_kernel, dim3(1), THREADS, 0, *k, stream);
 }
 
 extern "C" int cuda_end_launch(const struct cuda_end *e, void *stream)

@@ -92,10 +92,9 @@ static int batch_forget(void *b, uint32_t seq, void *stream)
     return gpu_batch_forget(((struct fake_batch *)b)->host, seq, stream);
 }
 
-static int batch_step(void *b, uint32_t slot, const uint64_t *tokens, const struct gpu_batch_ref *refs, uint32_t count,
-                      void *stream)
+static int batch_step(void *b, const struct gpu_batch_step *step, void *stream)
 {
-    return gpu_batch_step(((struct fake_batch *)b)->host, slot, tokens, refs, count, stream);
+    return gpu_batch_step(((struct fake_batch *)b)->host, step, stream);
 }
 
 static int batch_append(void *b, uint32_t layer, const void *k, const void *v, void *stream)
@@ -106,9 +105,14 @@ static int batch_append(void *b, uint32_t layer, const void *k, const void *v, v
     return r == -PKV_ERR_NOT_FINITE ? 0 : r;
 }
 
-static int batch_attend(void *b, uint32_t layer, const void *q, float *out, float *lse, void *stream)
+static int batch_attend(void *b, uint32_t layer, const void *q, float *out, float *lse, bool keeps, void *stream)
 {
-    return gpu_batch_attend(((struct fake_batch *)b)->host, layer, q, out, lse, stream);
+    return gpu_batch_attend(((struct fake_batch *)b)->host, layer, q, out, lse, keeps, stream);
+}
+
+static struct gpu_batch_kept batch_kept(const void *b)
+{
+    return gpu_batch_kept(((const struct fake_batch *)b)->host);
 }
 
 static void streams_go_on(struct fake_batch *b)
@@ -181,6 +185,7 @@ static const struct gpu_backend backend = {
     .batch_step = batch_step,
     .batch_append = batch_append,
     .batch_attend = batch_attend,
+    .batch_kept = batch_kept,
     .batch_end = batch_end,
     .batch_bad = batch_bad,
     .batch_reset = batch_reset,

@@ -1,5 +1,6 @@
 /* The online audit end to end: samples equal pkv_audit, find a planted bad selection and nothing in a good one, hold while
  * sequences are cut under them, and are what `pivotkv stat` shows. */
+#include "tests/integration/samples.h"
 #include "tests/integration/stat.h"
 
 #include <errno.h>
@@ -269,12 +270,49 @@ static void test_refused_calls(void **state)
     pkv_close(kv);
 }
 
+/* Steps of a batch: each sample is what pkv_audit says of the sequence at one of its lengths, also after a cut. */
+static void test_batches(void **state)
+{
+    (void)state;
+    static float k[TOKENS * ONE], v[TOKENS * ONE], q[2 * ONE], out[2 * ONE];
+    static struct samples samples;
+    float *more = test_floats(77, SAMPLES_STEPS * ONE);
+    struct pkv *kv = attach(&daemon_, 0);
+    struct pkv_model *model;
+    struct pkv_seq *seq = open_one(kv, "batches", 64, &model);
+    struct pkv_budget b = budget(100);
+    struct pkv_batch *batch;
+    bad_text(k, v, q);
+    GOOD(kv, pkv_append(seq, 0, TOKENS, k, v));
+    GOOD(kv, pkv_batch_open(&seq, 1, &b, NULL, &batch));
+    samples_count(&samples, &daemon_);
+    for (uint32_t cut = 0, used = 0; cut < 3; cut++) {
+        samples.steps = samples.found = 0;
+        while (samples.found < 3) {
+            const float *row = more + (uint64_t)used++ * ONE;
+            assert_true(used < SAMPLES_STEPS);
+            GOOD(kv, pkv_batch_begin(batch, NULL));
+            GOOD(kv, pkv_batch_append(batch, 0, row, row, NULL));
+            GOOD(kv, pkv_batch_attend(batch, 0, q, out, NULL, NULL));
+            GOOD(kv, pkv_batch_end(batch, NULL));
+            GOOD(kv, pkv_batch_wait(batch));
+            samples_step(&samples, &daemon_, kv, seq, q, &b, 2e-6);
+        }
+        GOOD(kv, pkv_seq_truncate(seq, TOKENS)); /* what is kept by now is of no account */
+        samples_count(&samples, &daemon_);
+    }
+    assert_true(total("attend_call_ns") > 0);
+    GOOD(kv, pkv_batch_close(batch));
+    free(more);
+    pkv_close(kv);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_alarm),         cmocka_unit_test(test_samples_equal_audits),
         cmocka_unit_test(test_heads),         cmocka_unit_test(test_cut_under_a_sample),
-        cmocka_unit_test(test_refused_calls),
+        cmocka_unit_test(test_refused_calls), cmocka_unit_test(test_batches),
     };
     return cmocka_run_group_tests(tests, start, stop);
 }

@@ -2,7 +2,7 @@
  * borders (the class of bug where a graph replays yesterday's table), against exact attention; a worker killed in the middle of
  * its kernels; a daemon killed in the middle of its copies. Skipped without a GPU.
  * usage: test_cuda [--victim SOCKET]   the worker that is killed */
-#include "tests/integration/service.h"
+#include "tests/integration/samples.h"
 
 #include <cuda_runtime_api.h>
 #include <errno.h>
@@ -197,6 +197,60 @@ static void test_replayed_graphs(void **state)
     replay(&sparse, 0, false);
 }
 
+/* What the audit keeps of calls in a replayed graph. */
+static void test_samples_of_replayed_graphs(void **state)
+{
+    (void)state;
+    enum { TOKENS = 900, CALLS = 200 }; /* one call in 32 keeps */
+    static struct samples samples;
+    test_daemon_stop(&daemon_);
+    test_daemon_start(&daemon_, (const char *const[]){"--backend", "cuda", "--pool-bytes", "64M", "--arena-bytes", "64M",
+                                                      "--audit-ppm", "1000000", NULL});
+    struct pkv *kv = attach(&daemon_, 0);
+    struct pkv_model_desc desc = described("samples");
+    struct pkv_model *model;
+    struct pkv_seq *seq;
+    struct pkv_budget b = budget(100);
+    struct pkv_batch *batch;
+    struct arrays a = arrays_make();
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t run;
+    desc.layers = desc.kv_heads = 1, desc.q_heads = 4;
+    GOOD(kv, pkv_model_open(kv, &desc, &model));
+    GOOD(kv, pkv_seq_create(model, MAX_TOKENS, 0, NULL, &seq));
+    GOOD(kv, pkv_append(seq, 0, TOKENS, k, v));
+    GOOD(kv, pkv_batch_open(&seq, 1, &b, NULL, &batch));
+    CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    CUDA(cudaMemcpy(a.q, q, QUERY * 4, cudaMemcpyHostToDevice));
+    CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    GOOD(kv, pkv_batch_append(batch, 0, a.k, a.v, stream));
+    for (uint32_t i = 0; i < CALLS; i++)
+        GOOD(kv, pkv_batch_attend(batch, 0, a.q, a.out, NULL, stream));
+    CUDA(cudaStreamEndCapture(stream, &graph));
+    CUDA(cudaGraphInstantiate(&run, graph, 0));
+    samples_count(&samples, &daemon_);
+    for (uint32_t i = 0; i < MAX_TOKENS - TOKENS && samples.found < 10; i++) {
+        CUDA(cudaMemcpyAsync(a.k, row_of(k, i, DIM), DIM * 4, cudaMemcpyHostToDevice, stream));
+        CUDA(cudaMemcpyAsync(a.v, row_of(v, i, DIM), DIM * 4, cudaMemcpyHostToDevice, stream));
+        GOOD(kv, pkv_batch_begin(batch, stream));
+        CUDA(cudaGraphLaunch(run, stream));
+        GOOD(kv, pkv_batch_end(batch, stream));
+        GOOD(kv, pkv_batch_wait(batch));
+        samples_step(&samples, &daemon_, kv, seq, q, &b, 1e-4);
+    }
+    print_message("# %u samples of %u steps\n", samples.found, samples.steps);
+    assert_int_equal(samples.found, 10);
+    GOOD(kv, pkv_batch_close(batch));
+    CUDA(cudaGraphExecDestroy(run));
+    CUDA(cudaGraphDestroy(graph));
+    CUDA(cudaStreamDestroy(stream));
+    arrays_free(&a);
+    pkv_close(kv);
+    test_daemon_stop(&daemon_);
+    start_daemon("64M", "256M");
+}
+
 /* A pool that is too small: rows are read from the arena and the row cache while blocks leave. */
 static void test_replayed_graphs_with_an_arena(void **state)
 {
@@ -357,6 +411,7 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_replayed_graphs),
         cmocka_unit_test(test_replayed_graphs_with_an_arena),
+        cmocka_unit_test(test_samples_of_replayed_graphs),
         cmocka_unit_test(test_not_finite),
         cmocka_unit_test(test_worker_killed_in_its_kernels),
         cmocka_unit_test(test_daemon_killed_in_its_copies),
