@@ -4,7 +4,8 @@
  *
  * begin: steps that have ended are looked after (their full blocks sealed, which may go home now) -> places for the new tokens
  * -> a free epoch slot -> epoch entered -> table entries that changed and lengths go to the device. end: the stream empties the
- * slot behind the step's last read, the sequences have grown.
+ * slot behind the step's last read, the sequences have grown, and the daemon is asked for the next step's places, where they
+ * are no great part of the pool, so that its begin finds them instead of waiting for an answer.
  *
  * Failures, and what becomes of them:
  *   no places for the new tokens       what is in flight is waited for and sealed, once; then begin fails, nothing has changed
@@ -21,7 +22,8 @@
  * the connection's thread. */
 #include "client/batch.h"
 
-#define SLEEP_NS 20000
+#define SLEEP_NS    20000
+#define AHEAD_SHARE 32u /* of the pool, at most, is asked for ahead */
 
 /* ---- steps that have ended ---- */
 
@@ -210,6 +212,8 @@ int pkv_batch_open(struct pkv_seq *const *seqs, uint32_t count, const struct pkv
     b->policy = policy;
     b->audit = (struct batch_audit){.on = kv->control->audit_ppm, .last = UINT32_MAX};
     r = batch_make(b, seqs, o.cache_bytes);
+    if (!r && kv->device) /* chunks by now, the arena's too: importing one within a step would be felt */
+        (void)region_map_all(kv);
     if (r) {
         release(b);
         return kv_done(kv, r);
@@ -228,6 +232,16 @@ static void unlink_batch(struct pkv_batch *b)
     *at = b->next;
 }
 
+/* What was asked for and not used goes back, but for a block that the next tokens will need. */
+static void give_back(struct pkv_batch *b)
+{
+    for (uint32_t i = 0; i < b->count; i++) {
+        struct pkv_seq *s = b->seqs[i].seq;
+        if (b->seqs[i].asked > s->tokens[0] + PKV_BLOCK_TOKENS && !b->kv->gone)
+            (void)seq_cut(s, PKV_LAYER_ALL, s->tokens[0]);
+    }
+}
+
 int pkv_batch_close(struct pkv_batch *b)
 {
     if (!b)
@@ -238,6 +252,8 @@ int pkv_batch_close(struct pkv_batch *b)
     int r = drain(b);
     if (r == -PKV_ERR_TIMEOUT)
         return kv_done(kv, r);
+    if (!r)
+        give_back(b);
     unlink_batch(b);
     release(b);
     return kv_done(kv, r == -PKV_ERR_NOT_FINITE || r == -PKV_ERR_GPU_LOST ? r : 0);
@@ -272,15 +288,21 @@ static int lengths_of(struct pkv_batch *b)
     return 0;
 }
 
+/* Tokens for which every layer has places. */
+static uint64_t room(const struct pkv_seq *s)
+{
+    uint32_t granted = s->granted[0];
+    for (uint32_t l = 1; l < s->model->geom.layers; l++)
+        granted = PKV_MIN(granted, s->granted[l]);
+    return (uint64_t)granted * PKV_BLOCK_TOKENS;
+}
+
 static int reserve(struct pkv_batch *b)
 {
     int r = 0;
     for (uint32_t i = 0; i < b->count && !r; i++) {
         struct pkv_seq *s = b->seqs[i].seq;
-        uint32_t granted = s->granted[0], need = pkv_tokens_blocks(b->lengths[i]);
-        for (uint32_t l = 1; l < b->model->geom.layers; l++)
-            granted = PKV_MIN(granted, s->granted[l]);
-        if (need <= granted)
+        if (b->lengths[i] <= room(s) || (b->seqs[i].asked >= b->lengths[i] && seq_granted(s, b->lengths[i])))
             continue;
         r = seq_reserve(s, b->lengths[i]);
         if (r == -PKV_ERR_POOL_FULL && oldest(b)) { /* what is in flight keeps blocks from going home */
@@ -378,6 +400,24 @@ int pkv_batch_attend(struct pkv_batch *b, uint32_t layer, const void *q, float *
     return kv_done(b->kv, r ? r : gpu_batch_attend(b->gpu, layer, q, out, lse, batch_audit_keeps(b, layer), stream));
 }
 
+/* The next step's places, so that its begin need not wait for the daemon; where they are a small part of the pool. */
+static void ask_ahead(struct pkv_batch *b)
+{
+    const struct pkv_geom *g = &b->model->geom;
+    uint64_t blocks = pkv_tokens_blocks(b->queries + PKV_BLOCK_TOKENS - 1ull),
+             bytes = blocks * g->layers * pkv_geom_block_bytes(g);
+    if (bytes * b->count > b->kv->control->pool_bytes / AHEAD_SHARE)
+        return;
+    for (uint32_t i = 0; i < b->count; i++) {
+        struct batch_seq *s = &b->seqs[i];
+        uint64_t next = s->seq->tokens[0] + b->queries;
+        if (next <= room(s->seq) || next <= s->asked)
+            continue;
+        seq_ask(s->seq, next);
+        s->asked = next;
+    }
+}
+
 static int end(struct pkv_batch *b, bool grows, void *stream)
 {
     struct pkv *kv = b->kv;
@@ -398,6 +438,7 @@ static int end(struct pkv_batch *b, bool grows, void *stream)
         seq_claim(b->seqs[i].seq);
     }
     c->append_calls += layers, c->append_tokens += (uint64_t)layers * b->count * b->queries, c->attend_calls += layers;
+    ask_ahead(b);
     batch_audit_turn(b);
     return 0;
 }

@@ -13,6 +13,7 @@ struct batch_seq {
     uint64_t cuts;              /* of the sequence, when the device last heard of it */
     uint64_t changes;           /* of its table, before `refs` were read */
     uint32_t known;             /* blocks of each layer in refs; 0: none yet */
+    uint64_t asked;             /* length that the daemon was asked for ahead; 0: none since the last cut */
     struct pkv_block_ref *refs; /* [layers][blocks_max] as the device has them */
 };
 

@@ -41,7 +41,7 @@ static int seq_update(struct pkv_batch *b, uint32_t index, void *stream)
         int r = gpu_batch_forget(b->gpu, index, stream);
         if (r)
             return r;
-        s->cuts = s->seq->cuts;
+        s->cuts = s->seq->cuts, s->asked = 0;
     }
     uint32_t first = s->known && changes == s->changes ? PKV_MIN(s->known, need) : 0;
     int r = 0;

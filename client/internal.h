@@ -105,6 +105,8 @@ void backend_close(struct pkv *kv);
 int ring_call(struct pkv *kv, const struct pkv_submission *submission, struct pkv_completion *ret);
 /* Without waiting; a failure shows in kv->late. */
 int ring_post(struct pkv *kv, const struct pkv_submission *submission);
+/* The same; what becomes of it is no matter. */
+int ring_ask(struct pkv *kv, const struct pkv_submission *submission);
 
 /* region.c: chunks are mapped when a place in them is met first. */
 int region_map(struct pkv *kv, uint64_t place);
@@ -148,6 +150,9 @@ uint64_t seq_layer_tokens(const struct pkv_seq *seq, uint32_t layer);
 int seq_refs(const struct pkv_seq *seq, uint32_t layer, uint32_t first, uint32_t last, struct pkv_block_ref *to);
 /* Places for blocks up to `tokens` in every layer. */
 int seq_reserve(struct pkv_seq *seq, uint64_t tokens);
+/* The same without waiting: the places show in the table, or they never come. seq_granted: whether they are there by now. */
+void seq_ask(struct pkv_seq *seq, uint64_t tokens);
+bool seq_granted(struct pkv_seq *seq, uint64_t tokens);
 /* Truncates one layer or all (PKV_LAYER_ALL), here and at the daemon. */
 int seq_cut(struct pkv_seq *seq, uint32_t layer, uint64_t tokens);
 void seq_claim(const struct pkv_seq *seq);

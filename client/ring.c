@@ -6,9 +6,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define SLICE_NS   50000000ull /* a daemon's death shows within this */
-#define POSTED     0x80000000u /* tag of an operation that nobody waits for */
-#define SPIN_LOOKS 64u         /* at the ring, between looks at the clock */
+#define SLICE_NS   50000000ull   /* a daemon's death shows within this */
+#define POSTED     0x80000000u   /* tag of an operation that nobody waits for */
+#define ASKED      (POSTED | 1u) /* the same, and whose failure is no matter */
+#define SPIN_LOOKS 64u           /* at the ring, between looks at the clock */
 
 static void relax(void)
 {
@@ -27,7 +28,7 @@ static bool reap(struct pkv *kv, uint32_t tag, struct pkv_completion *ret)
             return true;
         }
         /* Others are late answers to calls that timed out, or to posted ones. */
-        if (c.tag & POSTED && c.err != PKV_ERR_OK && kv->late == PKV_ERR_OK)
+        if (c.tag == POSTED && c.err != PKV_ERR_OK && kv->late == PKV_ERR_OK)
             kv->late = c.err < PKV_ERR_COUNT ? (enum pkv_err)c.err : PKV_ERR_INVALID;
     }
     return false;
@@ -107,15 +108,25 @@ int ring_call(struct pkv *kv, const struct pkv_submission *submission, struct pk
     return 0;
 }
 
-int ring_post(struct pkv *kv, const struct pkv_submission *submission)
+static int post(struct pkv *kv, const struct pkv_submission *submission, uint32_t tag)
 {
     struct pkv_submission s = *submission;
     if (kv->gone)
         return daemon_check(kv);
-    s.tag = POSTED;
+    s.tag = tag;
     struct pkv_completion ignored;
     (void)reap(kv, POSTED - 1, &ignored);
     return push(kv, &s);
+}
+
+int ring_post(struct pkv *kv, const struct pkv_submission *submission)
+{
+    return post(kv, submission, POSTED);
+}
+
+int ring_ask(struct pkv *kv, const struct pkv_submission *submission)
+{
+    return post(kv, submission, ASKED);
 }
 
 int pkv_ping(struct pkv *kv, uint64_t *ret_ns)

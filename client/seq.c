@@ -243,15 +243,47 @@ int pkv_seq_truncate(struct pkv_seq *seq, uint64_t tokens)
     return kv_done(seq->model->kv, r ? r : seq_cut(seq, PKV_LAYER_ALL, tokens));
 }
 
-/* Places for all layers up to `tokens`, and this side's count of them. */
-int seq_reserve(struct pkv_seq *seq, uint64_t tokens)
+/* This side's count of places. */
+static void granted(struct pkv_seq *seq, uint64_t tokens)
+{
+    for (uint32_t l = 0; l < seq->model->geom.layers; l++)
+        seq->granted[l] = PKV_MAX(seq->granted[l], pkv_tokens_blocks(tokens));
+}
+
+static struct pkv_submission grant_of(const struct pkv_seq *seq, uint64_t tokens)
 {
     struct pkv_submission s = {.op = PKV_OP_GRANT, .layer = PKV_LAYER_ALL, .seq = seq->handle};
     s.u.grant.tokens = tokens;
+    return s;
+}
+
+int seq_reserve(struct pkv_seq *seq, uint64_t tokens)
+{
+    struct pkv_submission s = grant_of(seq, tokens);
     int r = tokens > seq->max_tokens ? -PKV_ERR_LENGTH : ring_call(seq->model->kv, &s, NULL);
-    for (uint32_t l = 0; !r && l < seq->model->geom.layers; l++)
-        seq->granted[l] = PKV_MAX(seq->granted[l], pkv_tokens_blocks(tokens));
+    if (!r)
+        granted(seq, tokens);
     return r;
+}
+
+void seq_ask(struct pkv_seq *seq, uint64_t tokens)
+{
+    struct pkv_submission s = grant_of(seq, tokens);
+    if (tokens <= seq->max_tokens)
+        (void)ring_ask(seq->model->kv, &s);
+}
+
+/* Blocks come in order, their rows last (cachesvc/core/blocks.c): the last one's tells of all. */
+bool seq_granted(struct pkv_seq *seq, uint64_t tokens)
+{
+    struct pkv_table *table = (struct pkv_table *)(uintptr_t)seq->table;
+    uint32_t blocks = pkv_tokens_blocks(tokens);
+    bool all = blocks <= table->blocks_max && pkv_load64(&table->seq) == seq->handle;
+    for (uint32_t l = 0; l < seq->model->geom.layers && all; l++)
+        all = pkv_load64(&pkv_table_layer(table, l, table->blocks_max)[blocks - 1].rows) != 0;
+    if (all)
+        granted(seq, tokens);
+    return all;
 }
 
 int pkv_seq_reserve(struct pkv_seq *seq, uint32_t tokens)

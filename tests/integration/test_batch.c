@@ -1,6 +1,6 @@
 /* Batches against the calls that they stand for, and each failure of client/batch.c's list. On a GPU arrays are still the CPU's
  * in this file: it runs on the host backend and on the fake GPU (tests/fake), whose streams end when the test lets them. */
-#include "tests/integration/service.h"
+#include "tests/integration/stat.h"
 #include "tests/lib/faults.h"
 
 #include <errno.h>
@@ -221,6 +221,47 @@ static void test_order_of_calls(void **state)
     pkv_close(kv);
 }
 
+/* Blocks that sequences of this test's daemon hold; copies of those that were dropped end first. */
+static uint64_t blocks_held(uint64_t expected)
+{
+    uint64_t held = expected + 1;
+    for (int i = 0; i < 100 && held != expected; i++) {
+        held = stat_number(&daemon_, "counters", "blocks_granted") - stat_number(&daemon_, "counters", "blocks_freed");
+        usleep(held == expected ? 0 : 10000);
+    }
+    return held;
+}
+
+/* A step's places are asked for behind the one before; what a batch leaves unused, the daemon has back. */
+static void test_places_ahead(void **state)
+{
+    (void)state;
+    enum { PIECE = 128, BLOCKS = LAYERS * PIECE / 64 };
+    struct pkv *kv = attach(&daemon_, 0);
+    struct pkv_seq *seq = create(kv, open_model(kv), 0, 0);
+    struct pkv_budget b = budget(20);
+    struct pkv_batch_options o = {.size = sizeof(o), .queries = PIECE};
+    struct pkv_batch *batch;
+    float *out = malloc(PIECE * (QUERY + Q_HEADS) * sizeof(*out));
+    assert_int_equal(blocks_held(0), 0);
+    GOOD(kv, pkv_batch_open(&seq, 1, &b, &o, &batch));
+    for (uint32_t i = 0; i < 3; i++) {
+        GOOD(kv, step(batch, k + (uint64_t)i * PIECE * ROW, v + (uint64_t)i * PIECE * ROW, q, out, out + PIECE * QUERY, 0, 0));
+        GOOD(kv, pkv_ping(kv, NULL));
+        assert_int_equal(blocks_held((i + 2) * BLOCKS), (i + 2) * BLOCKS);
+    }
+    GOOD(kv, pkv_batch_wait(batch));
+    GOOD(kv, pkv_seq_truncate(seq, PIECE + 10)); /* what was asked for goes too, and is asked for again */
+    GOOD(kv, step(batch, k + (PIECE + 10) * ROW, v + (PIECE + 10) * ROW, q, out, out + PIECE * QUERY, 0, 0));
+    GOOD(kv, pkv_batch_wait(batch));
+    assert_int_equal(blocks_held(7 * LAYERS), 7 * LAYERS);
+    GOOD(kv, pkv_batch_close(batch));
+    assert_int_equal(blocks_held(5 * LAYERS), 5 * LAYERS);
+    assert_exact(kv, seq, k, v, q, 2 * PIECE + 10);
+    free(out);
+    pkv_close(kv);
+}
+
 /* More batches than slots, all of them at work: what one leaves behind does not stand in the others' way. */
 static void test_many_batches(void **state)
 {
@@ -426,6 +467,7 @@ int main(void)
         cmocka_unit_test(test_same_bits),
         cmocka_unit_test(test_blocks_leave_the_pool),
         cmocka_unit_test(test_order_of_calls),
+        cmocka_unit_test(test_places_ahead),
         cmocka_unit_test(test_many_batches),
         cmocka_unit_test(test_limits),
         cmocka_unit_test(test_not_finite),
