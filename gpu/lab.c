@@ -65,6 +65,11 @@ int gpu_lab_read_peak(struct gpu_lab *l, double *ret)
     return verbs()->read_peak(l, ret);
 }
 
+int gpu_lab_gather(struct gpu_lab *l, uint64_t span, uint32_t rows, uint32_t row_bytes, uint32_t run, double *ret)
+{
+    return verbs()->gather(l, span, rows, row_bytes, run, ret);
+}
+
 int gpu_lab_copy_peak(struct gpu_lab *l, bool to_device, double *ret)
 {
     return verbs()->copy_peak(l, to_device, ret);

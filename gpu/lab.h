@@ -30,6 +30,8 @@ void gpu_lab_graph_free(struct gpu_lab *lab, void *graph);
 /* Ceilings, bytes per second: a plain read of device memory; copies between it and pinned CPU memory. */
 int gpu_lab_read_peak(struct gpu_lab *lab, double *ret);
 int gpu_lab_copy_peak(struct gpu_lab *lab, bool to_device, double *ret);
+/* A plain gather out of `span` bytes of pinned CPU memory: so many rows, ascending, in runs of `run` neighbours. */
+int gpu_lab_gather(struct gpu_lab *lab, uint64_t span, uint32_t rows, uint32_t row_bytes, uint32_t run, double *ret);
 
 PKV_EXTERN_C_END
 

@@ -14,6 +14,7 @@ struct bench {
     const char *daemon;      /* path of pivotkvd */
     const char *peer;        /* gpu: the comparator's script, NULL: none */
     bool cuda;               /* daemons with a pool on a GPU */
+    const char *audit;       /* audit-ppm of daemons; NULL: the default */
     json_t *results;
 };
 
@@ -46,7 +47,7 @@ struct bench_daemon {
 struct pkv *bench_daemon_start(const struct bench *bench, struct bench_daemon *daemon, const char *pool, const char *arena,
                                bool spin, double *ret_seconds);
 void bench_daemon_stop(struct bench_daemon *daemon);
-/* A number of `pivotkv stat`: of its "totals" (of workers), or of another group. */
+/* A number of `pivotkv stat`: of its "totals" (of workers), or of another group; NULL: of none. */
 uint64_t bench_total(const char *socket, const char *group, const char *name);
 double bench_median(double *values, uint32_t count);
 

@@ -40,7 +40,8 @@ struct pkv *bench_daemon_start(const struct bench *b, struct bench_daemon *d, co
     if (d->pid == 0) {
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         execl(b->daemon, b->daemon, "--socket", d->socket, "--pool-bytes", pool, "--arena-bytes", arena, "--threads", threads,
-              "--spin-us", spin ? "200000" : "50", "--log-level", "warn", "--backend", b->cuda ? "cuda" : "host", (char *)NULL);
+              "--spin-us", spin ? "200000" : "50", "--log-level", "warn", "--backend", b->cuda ? "cuda" : "host",
+              b->audit ? "--audit-ppm" : NULL, b->audit, (char *)NULL);
         fprintf(stderr, "pivotkv: cannot run %s: %s; name it with --daemon\n", b->daemon, strerror(errno));
         _exit(127);
     }
@@ -74,7 +75,7 @@ uint64_t bench_total(const char *socket, const char *group, const char *name)
     struct cli cli = {.socket = socket, .timeout_ms = 5000};
     int ignored;
     json_t *stat = admin_request(&cli, json_pack("{s:s}", "verb", "stat"), &ignored);
-    uint64_t value = format_number(json_object_get(stat, group), name);
+    uint64_t value = format_number(group ? json_object_get(stat, group) : stat, name);
     json_decref(stat);
     return value;
 }

@@ -5,50 +5,21 @@
  *   attend_8k .. attend_1m, _64b   one attend call, everything in the pool; 128-bit signatures, or 64
  *   batch_64x32k                   64 sequences of 32K tokens
  *   append_64                      one token for each of 64 sequences
- *   prefill                        append in calls of 4096 tokens, bytes moved
- *   arena_1m, _80, _90             K and V in the arena; without a row cache, and with one that finds as many of a hundred rows
- *   dense_arena                    exact attention streamed out of the arena, against the copy peak
- * The peer of the attend figures is full attention: by --peer (a script that prints lines of {"batch", "tokens", "us": {..}}),
- * else the time in which the device can read K and V at its peak. */
-#include "client/cli/bench.h"
-
-#include "gpu/lab.h"
+ *   prefill, prefill_host          append in calls of 4096 tokens, bytes moved; the host's part of a step
+ *   scan_1m                        the scan of a synchronous call, bytes of signatures
+ *   arena_1m, _80, _90, _trace     K and V in the arena; without a row cache, and with one that finds as many of a hundred
+ * rows, or as many as of a real model's selections (tests/quality/locality.py) arena_rows, arena_rows_near    rows out of the
+ * arena in a synchronous call, against a plain gather; neighbours dense_arena                    exact attention streamed out
+ * of the arena, against the copy peak and the figures of bench_gpu_cost.c and bench_gpu_memory.c. The peer of the attend
+ * figures is full attention: by --peer (a script that prints lines of {"batch", "tokens", "us": {..}}), else the time in which
+ * the device can read K and V at its peak. */
+#include "client/cli/bench_gpu.h"
 
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
-enum { Q_HEADS = 32, KV_HEADS = 8, DIM = 128, K = 2048, PIECE = 4096, ROUNDS = 21, CALLS = 8, LAYERS_MAX = 8, SEQS_MAX = 64 };
-
-#define ROW_BYTES  (2ull * KV_HEADS * DIM * 2) /* of a token and layer */
-#define ALL_LAYERS (2u << 20)                  /* tokens of all layers together, at most */
-
-struct lab {
-    struct bench *bench;
-    struct gpu_device *device;
-    struct gpu_lab *lab;
-    const char *socket;                   /* of the daemon at hand */
-    double read_peak, to_device, to_host; /* bytes a second */
-    void *k, *v, *q, *out, *lse;
-    json_t *peers;
-};
-
-/* Sequences on a daemon, filled. */
-struct text {
-    struct pkv *kv;
-    struct pkv_seq *seqs[SEQS_MAX];
-    struct pkv_model *model;
-    struct pkv_batch *batch;
-    uint32_t count, layers, tokens;
-    double prefill_s;
-};
-
-static bool good(struct pkv *kv, int r)
-{
-    if (r)
-        fprintf(stderr, "pivotkv: %s\n", pkv_error(kv));
-    return !r;
-}
+#define CACHE_BYTES (24ull << 20) /* of rows: three selections */
+#define TRACE_RATE  0.89          /* Gemma 3's three global layers, three texts of 32K tokens: 0.78 to 0.98, mean 0.893 */
 
 /* ---- peers ---- */
 
@@ -95,134 +66,68 @@ static double peer_us(const struct lab *x, uint32_t batch, uint32_t tokens, cons
     return best;
 }
 
-/* ---- text ---- */
-
-static bool batch_open(struct text *t, uint32_t queries, bool dense, uint64_t cache_bytes)
-{
-    struct pkv_budget budget = {.size = sizeof(budget), .k = K, .sinks = 128, .recent = 128, .dense = dense};
-    struct pkv_batch_options o = {.size = sizeof(o), .queries = queries, .cache_bytes = cache_bytes};
-    budget.dense_below = 16385;
-    return good(t->kv, pkv_batch_open(t->seqs, t->count, &budget, &o, &t->batch));
-}
-
-static bool batch_close(struct text *t)
-{
-    bool ok = good(t->kv, pkv_batch_close(t->batch));
-    t->batch = NULL;
-    return ok;
-}
-
-/* Tokens in pieces, the same random rows again and again, all sequences in one batch. */
-static bool prefill(const struct lab *x, struct text *t)
-{
-    uint32_t piece = PIECE / t->count;
-    void *stream = gpu_lab_stream(x->lab);
-    bool ok = batch_open(t, piece, false, 0);
-    double begin = bench_now();
-    for (uint32_t done = 0; done < t->tokens && ok; done += piece) {
-        ok = good(t->kv, pkv_batch_begin(t->batch, stream));
-        for (uint32_t l = 0; l < t->layers && ok; l++)
-            ok = good(t->kv, pkv_batch_append(t->batch, l, x->k, x->v, stream));
-        ok = ok && good(t->kv, pkv_batch_end(t->batch, stream));
-    }
-    ok = ok && good(t->kv, pkv_batch_wait(t->batch));
-    t->prefill_s = bench_now() - begin;
-    return t->batch && batch_close(t) && ok;
-}
-
-/* Until the daemon has copied home what was sealed: its copies would be measured too. */
-static void settle(const struct lab *x)
-{
-    uint64_t before = UINT64_MAX, now = 0;
-    for (int i = 0; i < 200 && now != before; i++) {
-        before = now;
-        usleep(200000);
-        now = bench_total(x->socket, "counters", "copy_bytes");
-    }
-}
-
-static bool text_open(const struct lab *x, struct text *t, uint32_t bits)
-{
-    char name[32];
-    snprintf(name, sizeof(name), "bench %u x %u", t->layers, bits);
-    struct pkv_model_desc desc = {.size = sizeof(desc),
-                                  .layers = t->layers,
-                                  .q_heads = Q_HEADS,
-                                  .kv_heads = KV_HEADS,
-                                  .head_dim = DIM,
-                                  .type = PKV_TYPE_BF16,
-                                  .sig_bits = bits,
-                                  .name = name};
-    bool ok = good(t->kv, pkv_model_open(t->kv, &desc, &t->model));
-    for (uint32_t s = 0; s < t->count && ok; s++)
-        ok = good(t->kv, pkv_seq_create(t->model, t->tokens + PIECE, 0, "bench", &t->seqs[s]));
-    ok = ok && prefill(x, t);
-    settle(x);
-    return ok;
-}
-
-static void text_close(struct text *t)
-{
-    if (t->batch)
-        (void)batch_close(t);
-    for (uint32_t s = 0; s < t->count; s++)
-        if (t->seqs[s])
-            (void)good(t->kv, pkv_seq_close(t->seqs[s]));
-    if (t->model)
-        (void)good(t->kv, pkv_model_close(t->model));
-}
-
-/* Median microseconds of a call, in a graph of CALLS calls or more over the layers; every call with queries of its own. */
-static double timed(const struct lab *x, struct text *t, bool append)
-{
-    uint32_t calls = (CALLS + t->layers - 1) / t->layers * t->layers;
-    uint64_t q_bytes = (uint64_t)t->count * Q_HEADS * DIM * 2;
-    void *stream = gpu_lab_stream(x->lab), *graph = NULL;
-    double us[ROUNDS] = {0};
-    bool ok = good(t->kv, pkv_batch_begin(t->batch, stream)) && gpu_lab_capture(x->lab) == 0;
-    for (uint32_t i = 0; i < calls && ok; i++)
-        ok =
-            good(t->kv, append ? pkv_batch_append(t->batch, i % t->layers, x->k, x->v, stream)
-                               : pkv_batch_attend(t->batch, i % t->layers, (char *)x->q + i * q_bytes, x->out, x->lse, stream));
-    ok = gpu_lab_captured(x->lab, &graph) == 0 && ok;
-    for (int i = -3; i < ROUNDS && ok; i++)
-        ok = gpu_lab_replay(x->lab, graph, &us[i < 0 ? 0 : i]) == 0;
-    if (graph)
-        gpu_lab_graph_free(x->lab, graph);
-    ok = good(t->kv, pkv_batch_cancel(t->batch, stream)) && ok;
-    return ok ? bench_median(us, ROUNDS) / calls : 0;
-}
-
 /* ---- figures ---- */
-
-static bool fill_queries(const struct lab *x, uint32_t count, float noise)
-{
-    uint64_t each = (uint64_t)count * Q_HEADS * DIM;
-    int r = 0;
-    for (uint32_t i = 0; i < CALLS && !r; i++)
-        r = gpu_lab_fill(x->lab, (char *)x->q + i * each * 2, each, noise > 0 ? 77 : 100 + i, 200 + i, noise);
-    return !r && gpu_lab_wait(x->lab) == 0;
-}
 
 static void figure_attend(const struct lab *x, struct text *t, const char *name, double goal)
 {
     const char *peer_name;
     double peer = peer_us(x, t->count, t->tokens, &peer_name);
-    bool ok = fill_queries(x, t->count, 0) && batch_open(t, 1, false, 0);
-    double us = ok ? timed(x, t, false) : 0;
+    bool ok = fill_queries(x, t->count, 0) && text_batch(t, 1, false, 0);
+    double us = ok ? text_timed(x, t, false) : 0;
     if (us > 0)
         bench_add(x->bench, &(struct figure){name, "us", peer_name, us, peer, peer / us, goal, true});
-    if (t->batch)
-        (void)batch_close(t);
+    (void)text_batch_close(t);
 }
 
 static void figure_append(const struct lab *x, struct text *t)
 {
-    double us = bench_wanted(x->bench, "append_64") && batch_open(t, 1, false, 0) ? timed(x, t, true) : 0;
+    double us = bench_wanted(x->bench, "append_64") && text_batch(t, 1, false, 0) ? text_timed(x, t, true) : 0;
     if (us > 0)
         bench_add(x->bench, &(struct figure){"append_64", "us", NULL, us, 0, us, 10, false});
-    if (t->batch)
-        (void)batch_close(t);
+    (void)text_batch_close(t);
+}
+
+static void figure_prefill(const struct lab *x, const struct text *t)
+{
+    double moved = text_moved(t) / t->prefill_s, steps = (double)t->tokens * t->count / PIECE;
+    double host = (t->begin_s + t->calls_s + t->end_s) / steps * 1e6, whole = t->prefill_s / steps * 1e6;
+    fprintf(stderr,
+            "prefill: a step of %d tokens and %u layers takes %.1f us; the host %.1f in begin, %.1f in append, %.1f in end\n",
+            PIECE, t->layers, whole, t->begin_s / steps * 1e6, t->calls_s / steps * 1e6, t->end_s / steps * 1e6);
+    bench_add(x->bench, &(struct figure){"prefill", "GB/s", "the read peak", moved * 1e-9, x->read_peak * 1e-9,
+                                         moved / x->read_peak, 0.6, true});
+    bench_add(x->bench, &(struct figure){"prefill_host", "us", "the whole step", host, whole, host / whole, 1, false});
+}
+
+/* A synchronous call with the queries of the lab's first call, `rounds` times: medians of what it says of itself. */
+static bool explained(const struct lab *x, struct text *t, double *ret_scan_ns, double *ret_attend_ns, double *ret_rows)
+{
+    enum { TIMES = 9 };
+    struct pkv_budget b = {.size = sizeof(b), .k = K, .sinks = SINKS, .recent = RECENT};
+    static uint16_t q[Q_HEADS * DIM];
+    static float out[Q_HEADS * DIM];
+    double scan[TIMES], attend[TIMES];
+    uint32_t one = 1;
+    if (gpu_device_copy_now(x->device, GPU_TO_HOST, (uintptr_t)q, (uintptr_t)x->q, sizeof(q)))
+        return false;
+    for (int i = -1; i < TIMES; i++) {
+        struct pkv_explain e = {0};
+        if (!bench_good(t->kv, pkv_attend(t->seqs, &one, 1, i < 0 ? 0 : (uint32_t)i % t->layers, q, &b, out, NULL, &e)))
+            return false;
+        scan[i < 0 ? 0 : i] = (double)e.scan_ns, attend[i < 0 ? 0 : i] = (double)e.attend_ns, *ret_rows = (double)e.rows_arena;
+    }
+    *ret_scan_ns = bench_median(scan, TIMES), *ret_attend_ns = bench_median(attend, TIMES);
+    return true;
+}
+
+static void figure_scan(const struct lab *x, struct text *t)
+{
+    double scan, attend, rows;
+    if (!fill_queries(x, 1, 0) || !explained(x, t, &scan, &attend, &rows))
+        return;
+    double rate = (double)t->tokens * KV_HEADS * t->bits / 8 / scan * 1e9;
+    bench_add(x->bench, &(struct figure){"scan_1m", "GB/s", "the read peak", rate * 1e-9, x->read_peak * 1e-9,
+                                         rate / x->read_peak, 0.83, true});
 }
 
 struct length {
@@ -240,23 +145,24 @@ static void figures_resident(const struct lab *x, struct pkv *kv)
     };
     for (size_t i = 0; i < sizeof(lengths) / sizeof(lengths[0]); i++) {
         const struct length *l = &lengths[i];
-        struct text t = {.kv = kv, .count = l->count, .tokens = l->tokens / x->bench->scale};
+        struct text t = {.kv = kv, .count = l->count, .tokens = l->tokens / x->bench->scale, .bits = l->bits};
         uint64_t each = (uint64_t)t.tokens * t.count;
         bool append = l->count == SEQS_MAX && bench_wanted(x->bench, "append_64");
         if (!bench_wanted(x->bench, l->name) && !append)
             continue;
         t.layers = ALL_LAYERS / each > LAYERS_MAX ? LAYERS_MAX : ALL_LAYERS / each ? (uint32_t)(ALL_LAYERS / each) : 1;
-        if (text_open(x, &t, l->bits)) {
-            double moved = (double)each * t.layers * (2.0 * ROW_BYTES + KV_HEADS * l->bits / 8.0) / t.prefill_s;
+        if (text_open(x, &t)) {
             if (l->tokens == 1048576 && l->bits == 64) /* the second text: memory has been touched and mapped */
-                bench_add(x->bench, &(struct figure){"prefill", "GB/s", "the read peak", moved * 1e-9, x->read_peak * 1e-9,
-                                                     moved / x->read_peak, 0.6, true});
+                figure_prefill(x, &t);
+            if (l->tokens == 1048576 && l->bits == 128 && bench_wanted(x->bench, "scan_1m"))
+                figure_scan(x, &t);
             figure_attend(x, &t, l->name, l->goal);
             if (append)
                 figure_append(x, &t);
         }
         text_close(&t);
     }
+    figures_adversarial(x, kv);
 }
 
 static void figure_dense_arena(const struct lab *x, struct text *t)
@@ -269,7 +175,7 @@ static void figure_dense_arena(const struct lab *x, struct text *t)
     uint32_t one = 1;
     for (int i = 0; i < 5; i++) {
         double begin = bench_now();
-        if (!good(t->kv, pkv_attend(t->seqs, &one, 1, 0, q, &dense, out, NULL, &e)))
+        if (!bench_good(t->kv, pkv_attend(t->seqs, &one, 1, 0, q, &dense, out, NULL, &e)))
             return;
         seconds[i] = bench_now() - begin;
     }
@@ -284,8 +190,8 @@ static bool graphs_capture(const struct lab *x, struct text *t, void **graphs)
     bool ok = true;
     for (uint32_t i = 0; i < CALLS && ok; i++) {
         ok = gpu_lab_capture(x->lab) == 0;
-        ok = ok && good(t->kv, pkv_batch_attend(t->batch, 0, (char *)x->q + i * (uint64_t)Q_HEADS * DIM * 2, x->out, x->lse,
-                                                gpu_lab_stream(x->lab)));
+        ok = ok && bench_good(t->kv, pkv_batch_attend(t->batch, 0, (char *)x->q + i * (uint64_t)Q_HEADS * DIM * 2, x->out,
+                                                      x->lse, gpu_lab_stream(x->lab)));
         ok = gpu_lab_captured(x->lab, &graphs[i]) == 0 && ok;
     }
     return ok;
@@ -299,20 +205,19 @@ static double hit_rate(const struct lab *x, struct text *t, double *ret_us)
     uint64_t before[2] = {0, 0}, after[2];
     double us[ROUNDS];
     void *graphs[CALLS] = {0}, *stream = gpu_lab_stream(x->lab);
-    bool ok = batch_open(t, 1, false, 24ull << 20) && graphs_capture(x, t, graphs);
+    bool ok = text_batch(t, 1, false, CACHE_BYTES) && graphs_capture(x, t, graphs);
     for (uint32_t i = 0; i < WARM + ROUNDS && ok; i++) {
-        ok = i != WARM || good(t->kv, pkv_batch_rows(t->batch, &before[0], &before[1]));
-        ok = ok && good(t->kv, pkv_batch_begin(t->batch, stream)) &&
-             good(t->kv, pkv_batch_append(t->batch, 0, x->k, x->v, stream)) && gpu_lab_wait(x->lab) == 0 &&
+        ok = i != WARM || bench_good(t->kv, pkv_batch_rows(t->batch, &before[0], &before[1]));
+        ok = ok && bench_good(t->kv, pkv_batch_begin(t->batch, stream)) &&
+             bench_good(t->kv, pkv_batch_append(t->batch, 0, x->k, x->v, stream)) && gpu_lab_wait(x->lab) == 0 &&
              gpu_lab_replay(x->lab, graphs[i % CALLS], &us[i < WARM ? 0 : i - WARM]) == 0 &&
-             good(t->kv, pkv_batch_end(t->batch, stream));
+             bench_good(t->kv, pkv_batch_end(t->batch, stream));
     }
-    ok = ok && good(t->kv, pkv_batch_rows(t->batch, &after[0], &after[1]));
+    ok = ok && bench_good(t->kv, pkv_batch_rows(t->batch, &after[0], &after[1]));
     for (uint32_t i = 0; i < CALLS; i++)
         if (graphs[i])
             gpu_lab_graph_free(x->lab, graphs[i]);
-    if (t->batch)
-        ok = batch_close(t) && ok;
+    ok = text_batch_close(t) && ok;
     *ret_us = ok ? bench_median(us, ROUNDS) : 0;
     double hits = ok ? (double)(after[0] - before[0]) : 0, misses = ok ? (double)(after[1] - before[1]) : 0;
     return ok ? hits / (hits + misses > 0 ? hits + misses : 1) : -1;
@@ -347,26 +252,74 @@ static void figure_cached(const struct lab *x, struct text *t, const char *name,
                                              300, true});
 }
 
+/* Rows that a synchronous call fetches, against a plain gather of as many lone rows out of as much memory. */
+static void figure_rows(const struct lab *x, struct text *t, const char *name, double goal)
+{
+    double scan, attend, rows, plain;
+    if (!bench_wanted(x->bench, name) || !fill_queries(x, 1, 0.05f) || !explained(x, t, &scan, &attend, &rows))
+        return;
+    if (gpu_lab_gather(x->lab, (uint64_t)t->tokens * ROW_BYTES, (uint32_t)rows, 2 * DIM * 2, 1, &plain)) {
+        bench_skip(x->bench, name, "no pinned memory for a plain gather");
+        return;
+    }
+    double rate = rows * 2 * DIM * 2 / attend * 1e9;
+    bench_add(x->bench, &(struct figure){name, "GB/s", "a plain gather of lone rows", rate * 1e-9, plain * 1e-9, rate / plain,
+                                         goal, true});
+}
+
+static void figure_arena(const struct lab *x, struct text *t)
+{
+    double us = fill_queries(x, 1, 0) && text_batch(t, 1, false, 0) ? text_timed(x, t, false) : 0;
+    double stream = (double)t->tokens * ROW_BYTES / x->to_device * 1e6;
+    if (us > 0)
+        bench_add(x->bench,
+                  &(struct figure){"arena_1m", "us", "streaming K and V at the copy peak", us, stream, stream / us, 1, true});
+    (void)text_batch_close(t);
+}
+
 static void figures_arena(const struct lab *x, struct pkv *kv)
 {
-    struct text t = {.kv = kv, .count = 1, .tokens = 1048576 / x->bench->scale, .layers = 1};
-    if (text_open(x, &t, 128)) {
-        double us = fill_queries(x, 1, 0) && batch_open(&t, 1, false, 0) ? timed(x, &t, false) : 0;
-        double stream = (double)t.tokens * ROW_BYTES / x->to_device * 1e6;
-        if (us > 0)
-            bench_add(x->bench, &(struct figure){"arena_1m", "us", "streaming K and V at the copy peak", us, stream,
-                                                 stream / us, 1, true});
-        if (t.batch)
-            (void)batch_close(&t);
+    struct text t = {.kv = kv, .count = 1, .tokens = 1048576 / x->bench->scale, .layers = 1, .bits = 128}, near = t;
+    if (text_open(x, &t)) {
+        if (bench_wanted(x->bench, "arena_1m"))
+            figure_arena(x, &t);
         figure_cached(x, &t, "arena_1m_80", NULL, 0.8, 1);
+        figure_cached(x, &t, "arena_1m_trace", NULL, TRACE_RATE, 1);
         figure_cached(x, &t, "arena_1m_90", "arena_1m_90_stream", 0.9, 5);
+        figure_rows(x, &t, "arena_rows", 0.9);
         if (bench_wanted(x->bench, "dense_arena"))
             figure_dense_arena(x, &t);
     }
     text_close(&t);
+    near.keys = x->near, near.keys_piece = near.tokens / PIECE / 2;
+    if (bench_wanted(x->bench, "arena_rows_near") && text_open(x, &near))
+        figure_rows(x, &near, "arena_rows_near", 1);
+    text_close(&near);
 }
 
 /* ---- the run ---- */
+
+/* Keys for the worst cases, made here of what the device holds. */
+static int special_keys(struct lab *x)
+{
+    enum { ROW = KV_HEADS * DIM };
+    static uint16_t q[Q_HEADS * DIM];
+    uint64_t bytes = (uint64_t)PIECE * ROW * 2;
+    uint16_t *k = malloc(bytes), *equal = malloc(bytes);
+    int r = k && equal ? gpu_lab_fill(x->lab, x->q, Q_HEADS * DIM, 77, 0, 0) : -PKV_ERR_NO_MEMORY; /* fill_queries' middle */
+    r = r ? r : gpu_lab_wait(x->lab);
+    r = r ? r : gpu_device_copy_now(x->device, GPU_TO_HOST, (uintptr_t)q, (uintptr_t)x->q, sizeof(q));
+    r = r ? r : gpu_device_copy_now(x->device, GPU_TO_HOST, (uintptr_t)k, (uintptr_t)x->k, bytes);
+    for (uint32_t t = 0; t < PIECE && !r; t++)
+        memcpy(equal + (uint64_t)t * ROW, k, ROW * 2);
+    for (uint32_t t = 0; t < K && !r; t++)
+        for (uint32_t h = 0; h < KV_HEADS; h++)
+            memcpy(k + (uint64_t)t * ROW + h * DIM, q + h * (Q_HEADS / KV_HEADS) * DIM, DIM * 2);
+    r = r ? r : gpu_device_copy_now(x->device, GPU_TO_DEVICE, (uintptr_t)x->near, (uintptr_t)k, bytes);
+    r = r ? r : gpu_device_copy_now(x->device, GPU_TO_DEVICE, (uintptr_t)x->equal, (uintptr_t)equal, bytes);
+    free(k), free(equal);
+    return r;
+}
 
 static int lab_fill_all(struct lab *x)
 {
@@ -378,6 +331,9 @@ static int lab_fill_all(struct lab *x)
     r = r ? r : gpu_lab_take(x->lab, q / DIM * 4, &x->lse);
     r = r ? r : gpu_lab_fill(x->lab, x->k, kv, 1, 0, 0);
     r = r ? r : gpu_lab_fill(x->lab, x->v, kv, 2, 0, 0);
+    r = r ? r : gpu_lab_take(x->lab, kv * 2, &x->equal);
+    r = r ? r : gpu_lab_take(x->lab, kv * 2, &x->near);
+    r = r ? r : special_keys(x);
     r = r ? r : gpu_lab_read_peak(x->lab, &x->read_peak);
     r = r ? r : gpu_lab_copy_peak(x->lab, true, &x->to_device);
     return r ? r : gpu_lab_copy_peak(x->lab, false, &x->to_host);
@@ -397,30 +353,43 @@ static int lab_open(struct lab *x)
     return 0;
 }
 
-static void with_daemon(struct lab *x, const char *pool, const char *arena,
-                        void (*figures)(const struct lab *x, struct pkv *kv))
+void with_daemon(struct lab *x, const char *pool, const char *arena, const char *audit,
+                 void (*figures)(const struct lab *x, struct pkv *kv))
 {
     struct bench_daemon d;
-    double seconds;
-    struct pkv *kv = bench_daemon_start(x->bench, &d, pool, arena, false, &seconds);
+    x->bench->audit = audit;
+    struct pkv *kv = bench_daemon_start(x->bench, &d, pool, arena, false, &x->start_s);
     if (!kv)
         return;
     x->socket = d.socket;
-    fprintf(stderr, "a daemon with a pool of %s and an arena of %s began in %.1f s\n", pool, arena, seconds);
+    fprintf(stderr, "a daemon with a pool of %s and an arena of %s began in %.1f s\n", pool, arena, x->start_s);
     figures(x, kv);
     pkv_close(kv);
     bench_daemon_stop(&d);
 }
 
+/* Whether a figure of a group is wanted. */
+static bool any(const struct bench *b, const char *const *names)
+{
+    while (*names && !bench_wanted(b, *names))
+        names++;
+    return *names;
+}
+
 void bench_gpu(struct bench *b)
 {
+    static const char *const arena[] = {"arena_1m",    "arena_1m_80", "arena_1m_trace",  "arena_1m_90",
+                                        "dense_arena", "arena_rows",  "arena_rows_near", NULL};
+    static const char *const memory[] = {"start_64g", "attach_64g", "home", "home_slowdown", "upload", NULL};
     struct lab x = {.bench = b};
     if (lab_open(&x) == 0) {
         read_peers(&x);
-        with_daemon(&x, "12G", "10G", figures_resident);
-        if (bench_wanted(b, "arena_1m") || bench_wanted(b, "arena_1m_80") || bench_wanted(b, "arena_1m_90") ||
-            bench_wanted(b, "dense_arena"))
-            with_daemon(&x, "1G", "6G", figures_arena);
+        with_daemon(&x, "12G", "10G", "0", figures_resident); /* of 32 layers one would pay for the audit: its own figure */
+        figures_audit(&x);
+        if (any(b, arena))
+            with_daemon(&x, "1G", "6G", "0", figures_arena);
+        if (any(b, memory))
+            with_daemon(&x, b->scale > 1 ? "8G" : "56G", b->scale > 1 ? "8G" : "64G", "0", figures_memory);
     }
     json_decref(x.peers);
     gpu_lab_close(x.lab);

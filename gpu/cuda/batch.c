@@ -12,7 +12,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define PAGE 4096u
+#define PAGE        4096u
+#define CODES_BYTES (2ull << 30) /* of a run's work area, about: a call of more queries becomes several */
 
 struct run {
     uint32_t first, seqs;
@@ -110,6 +111,7 @@ static int open_run(struct batch *b, const struct gpu_batch_options *o, uint32_t
     struct run *run = &b->run[index];
     const struct gpu_policy *p = &o->policy;
     struct cuda_attend *a = &run->attend;
+    uint64_t at_once = CODES_BYTES / sizeof(*a->work.codes) / ((uint64_t)b->geom.kv_heads * PKV_MAX(tokens_max, 1u));
     int r = cuda_scheme_upload(o->run[index].scheme, &run->scheme, &run->scheme_memory);
     for (uint32_t l = 0; l < b->geom.layers; l++)
         run->kinds[l] = cuda_scheme_kind(o->run[index].scheme, l);
@@ -123,8 +125,7 @@ static int open_run(struct batch *b, const struct gpu_batch_options *o, uint32_t
                                          .scale = p->scale > 0 ? p->scale : 1.0f / sqrtf((float)b->geom.head_dim)},
                               .scheme = run->scheme,
                               .base = {NULL, b->read_bases, b->read_bases + PKV_CHUNKS_MAX},
-                              .query = b->query + (uint64_t)run->first * b->queries,
-                              .queries = run->seqs * b->queries,
+                              .queries = (uint32_t)PKV_MIN((uint64_t)run->seqs * b->queries, PKV_MAX(at_once, 1ull)),
                               .tokens_max = tokens_max};
     r = r ? r : cuda_grid(a);
     r = r ? r : take(b, cuda_work_bytes(a), &run->work);
@@ -325,26 +326,38 @@ int backend_batch_append(void *batch, uint32_t layer, const void *k, const void 
     return backend_leave(b->backend, r);
 }
 
+/* As many queries at a time as the work area is made for; how many does not depend on lengths. */
+static int attend_run(struct batch *b, const struct run *run, uint32_t layer, const void *q, float *out, float *lse,
+                      void *stream)
+{
+    uint32_t first = run->first * b->queries, last = first + run->seqs * b->queries;
+    uint64_t heads = b->geom.q_heads, each = heads * b->geom.head_dim;
+    struct cuda_attend a = run->attend;
+    int r = 0;
+    a.scheme.kind = run->kinds[layer];
+    a.cache = cache_of(b, layer, run->first);
+    a.seqs = b->seq + (uint64_t)layer * b->seqs + run->first;
+    a.layer = layer;
+    for (uint32_t at = first; at < last && !r; at += a.queries) {
+        a.queries = PKV_MIN(run->attend.queries, last - at);
+        a.query = b->query + at;
+        a.q = (const char *)q + at * each * pkv_dtype_bytes(b->geom.dtype);
+        a.out = out + at * each, a.lse = lse ? lse + at * heads : NULL;
+        r = gpu_cuda_table()->call(&a, stream);
+    }
+    return r;
+}
+
 int backend_batch_attend(void *batch, uint32_t layer, const void *q, float *out, float *lse, bool keeps, void *stream)
 {
     struct batch *b = batch;
-    uint64_t heads = (uint64_t)b->queries * b->geom.q_heads, each = heads * b->geom.head_dim;
     int r = backend_enter(b->backend);
     if (r)
         return r;
     lse = keeps && !lse ? b->lse : lse;
     r = keeps ? cuda_mark_launch(b->keeper, stream) : 0;
-    for (uint32_t i = 0; i < b->runs && !r; i++) {
-        const struct run *run = &b->run[i];
-        struct cuda_attend a = run->attend;
-        a.scheme.kind = run->kinds[layer];
-        a.cache = cache_of(b, layer, run->first);
-        a.seqs = b->seq + (uint64_t)layer * b->seqs + run->first;
-        a.layer = layer;
-        a.q = (const char *)q + run->first * each * pkv_dtype_bytes(b->geom.dtype);
-        a.out = out + run->first * each, a.lse = lse ? lse + run->first * heads : NULL;
-        r = gpu_cuda_table()->call(&a, stream);
-    }
+    for (uint32_t i = 0; i < b->runs && !r; i++)
+        r = attend_run(b, &b->run[i], layer, q, out, lse, stream);
     struct cuda_keep keep = {b->geom, b->keeper, b->kept, q, out, lse, layer, 0};
     r = r || !keeps ? r : cuda_keep_launch(&keep, stream);
     return backend_leave(b->backend, r);

@@ -1,6 +1,7 @@
 /* The lab (gpu/lab.h) on a device. */
 #include "gpu/cuda/backend.h"
 #include "gpu/cuda/fill.h"
+#include "gpu/cuda/probe.h"
 
 #include <stdlib.h>
 
@@ -181,6 +182,27 @@ static int lab_copy_peak(struct gpu_lab *l, bool to_device, double *ret)
     return backend_leave(b, r);
 }
 
+static int lab_gather(struct gpu_lab *l, uint64_t span, uint32_t rows, uint32_t row_bytes, uint32_t run, double *ret)
+{
+    struct backend *b = l->backend;
+    char *device = NULL, *host = NULL;
+    double us[ROUNDS] = {0};
+    int r = backend_enter(b);
+    if (r)
+        return r;
+    r = backend_error(b, cudaMalloc((void **)&device, 256));
+    r = r ? r : backend_error(b, cudaHostAlloc((void **)&host, span, cudaHostAllocMapped));
+    for (int i = -1; i < ROUNDS && !r; i++) {
+        struct cuda_probe p = {host, span, rows, row_bytes, run, (uint32_t)(i + 2) * 7919u, device};
+        r = backend_error(b, cudaEventRecord(b->marks[0], b->stream));
+        r = r ? r : cuda_probe_launch(&p, b->stream);
+        r = r ? r : timed(b, &us[i < 0 ? 0 : i]);
+    }
+    cudaFree(device), cudaFreeHost(host);
+    *ret = rate(us, (uint64_t)rows * row_bytes);
+    return backend_leave(b, r);
+}
+
 const struct gpu_lab_verbs gpu_cuda_lab = {
     .open = lab_open,
     .close = lab_close,
@@ -194,4 +216,5 @@ const struct gpu_lab_verbs gpu_cuda_lab = {
     .graph_free = lab_graph_free,
     .read_peak = lab_read_peak,
     .copy_peak = lab_copy_peak,
+    .gather = lab_gather,
 };

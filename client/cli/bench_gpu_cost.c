@@ -1,0 +1,91 @@
+/* What the worst inputs cost, and what the audit does.
+ *
+ *   equal_128k, equal_1m   all keys are one: every score is the threshold's; against random keys in the same run
+ *   near_128k, near_1m     the rows that are selected are neighbours
+ *   audit_64k              a step of decoding, 32 layers, with the default audit, against one without */
+#include "client/cli/bench_gpu.h"
+
+enum { AUDIT_LAYERS = 32, AUDIT_STEPS = 400 };
+
+/* Microseconds of an attend call over a text whose keys are `keys` in piece `piece`; 0: it failed. */
+static double attend_over(const struct lab *x, struct pkv *kv, uint32_t tokens, const void *keys, uint32_t piece)
+{
+    struct text t = {.kv = kv, .count = 1, .tokens = tokens, .bits = 128, .keys = keys, .keys_piece = piece};
+    t.layers = PKV_MIN(ALL_LAYERS / tokens, (uint32_t)LAYERS_MAX);
+    bool ok = text_open(x, &t) && fill_queries(x, 1, 0.05f) && text_batch(&t, 1, false, 0);
+    double us = ok ? text_timed(x, &t, false) : 0;
+    text_close(&t);
+    return us;
+}
+
+static void figure(const struct lab *x, const char *name, double us, double random)
+{
+    if (us > 0)
+        bench_add(x->bench, &(struct figure){name, "us", "random keys", us, random, us / random, 1.3, false});
+}
+
+void figures_adversarial(const struct lab *x, struct pkv *kv)
+{
+    static const struct {
+        const char *equal, *near;
+        uint32_t tokens;
+    } lengths[] = {{"equal_128k", "near_128k", 131072}, {"equal_1m", "near_1m", 1048576}};
+    for (size_t i = 0; i < sizeof(lengths) / sizeof(lengths[0]); i++) {
+        uint32_t tokens = lengths[i].tokens / x->bench->scale;
+        bool equal = bench_wanted(x->bench, lengths[i].equal), near = bench_wanted(x->bench, lengths[i].near);
+        double random = equal || near ? attend_over(x, kv, tokens, NULL, 0) : 0;
+        if (random > 0 && equal)
+            figure(x, lengths[i].equal, attend_over(x, kv, tokens, x->equal, EVERY_PIECE), random);
+        if (random > 0 && near)
+            figure(x, lengths[i].near, attend_over(x, kv, tokens, x->near, tokens / PIECE / 2), random);
+    }
+}
+
+/* ---- the audit ---- */
+
+static double step_us; /* of the daemon at hand */
+
+static void *step_graph(const struct lab *x, const struct text *t)
+{
+    void *stream = gpu_lab_stream(x->lab), *graph = NULL;
+    bool ok = gpu_lab_capture(x->lab) == 0;
+    for (uint32_t l = 0; l < t->layers && ok; l++)
+        ok = bench_good(t->kv, pkv_batch_append(t->batch, l, x->k, x->v, stream)) &&
+             bench_good(t->kv, pkv_batch_attend(t->batch, l, x->q, x->out, x->lse, stream));
+    ok = gpu_lab_captured(x->lab, &graph) == 0 && ok;
+    if (!ok && graph)
+        gpu_lab_graph_free(x->lab, graph);
+    return ok ? graph : NULL;
+}
+
+static void steps(const struct lab *x, struct pkv *kv)
+{
+    struct text t = {.kv = kv, .count = 1, .tokens = 65536 / x->bench->scale, .bits = 128, .layers = AUDIT_LAYERS};
+    bool ok = text_open(x, &t) && fill_queries(x, 1, 0.3f) && text_batch(&t, 1, false, 0);
+    void *graph = ok ? step_graph(x, &t) : NULL, *stream = gpu_lab_stream(x->lab);
+    double begin = 0, ignored;
+    ok = graph != NULL;
+    for (int i = -50; i < AUDIT_STEPS && ok; i++) {
+        begin = i ? begin : bench_now();
+        ok = bench_good(kv, pkv_batch_begin(t.batch, stream)) && gpu_lab_replay(x->lab, graph, &ignored) == 0 &&
+             bench_good(kv, pkv_batch_end(t.batch, stream));
+    }
+    step_us = ok ? (bench_now() - begin) / AUDIT_STEPS * 1e6 : 0;
+    if (graph)
+        gpu_lab_graph_free(x->lab, graph);
+    fprintf(stderr, "%llu samples in %d steps of %.0f us\n", (unsigned long long)bench_total(x->socket, "totals", "samples"),
+            AUDIT_STEPS + 50, step_us);
+    text_close(&t);
+}
+
+void figures_audit(struct lab *x)
+{
+    if (!bench_wanted(x->bench, "audit_64k"))
+        return;
+    with_daemon(x, "12G", "10G", "0", steps);
+    double without = step_us;
+    with_daemon(x, "12G", "10G", "5000", steps);
+    if (without > 0 && step_us > 0)
+        bench_add(x->bench, &(struct figure){"audit_64k", "us", "a step without audit", step_us, without, step_us / without,
+                                             1.01, false});
+}
