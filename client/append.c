@@ -5,7 +5,6 @@
 #define PIECE_BLOCKS  64u
 #define PIECE_SHARE   8u /* of the pool, at most: two pieces of several workers are in it at once */
 #define CACHED_BLOCKS 8u
-#define LEARN_CALL    16u /* tokens; shorter calls do not teach a first state: solving it within a decode step takes too long */
 
 static int grant(struct pkv_seq *seq, uint32_t layer, uint64_t tokens)
 {
@@ -36,63 +35,25 @@ int seq_seal(struct pkv_seq *seq, uint32_t layer, uint64_t tokens)
     return r;
 }
 
-static int sign_rows(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t tokens, const struct pkv_block_ref *refs)
+static int learn_sign(struct pkv_seq *seq, const struct gpu_observation *o)
 {
     struct pkv_model *m = seq->model;
-    struct gpu_sign_args args = {.geom = &m->geom,
-                                 .space = region_writable(m->kv),
-                                 .scheme = seq->scheme,
-                                 .layer = layer,
-                                 .blocks = refs,
-                                 .first_token = first,
-                                 .tokens = tokens};
-    return gpu_sign(m->kv->gpu, &args);
-}
-
-int seq_sign_again(struct pkv_seq *seq, uint32_t layer)
-{
-    struct pkv *kv = seq->model->kv;
-    uint64_t tokens = seq->tokens[layer];
-    uint32_t blocks = pkv_tokens_blocks(tokens);
-    if (!seq->writer || !tokens)
-        return 0;
-    if (kv->served)
-        return served_sign_again(seq, layer, tokens);
-    struct pkv_block_ref *refs = malloc(blocks * sizeof(*refs));
-    if (!refs)
-        return -PKV_ERR_NO_MEMORY;
-    /* Rows may lie in the arena: a reader like any other. */
-    pkv_epoch_enter(kv->region, kv->control);
-    int r = seq_refs(seq, layer, 0, blocks, refs);
-    r = r ? r : sign_rows(seq, layer, 0, (uint32_t)tokens, refs);
-    pkv_epoch_leave(kv->region);
-    free(refs);
-    return r;
-}
-
-/* The learner has changed its mind about a layer. */
-static int sign_learnt_again(struct pkv_model *m, uint32_t layer)
-{
     int r = 0;
+    if (seq->state || seq->scheme != m->scheme0 || !gpu_scheme_observe(m->scheme0, o))
+        return 0;
     for (struct pkv_seq *s = m->seqs; s && !r; s = s->next)
-        if (s->scheme == m->scheme0)
-            r = seq_sign_again(s, layer);
-    return r;
+        if (s->scheme == m->scheme0 && !(m->turn.to && o->layer < m->turn.layers))
+            r = seq_sign_again(s, o->layer, m->scheme0);
+    bool complete = m->kind == PKV_SCHEME_SIGN && gpu_scheme_settled(m->scheme0);
+    return r || !complete ? r : model_sign_share(m);
 }
 
 int model_learn(struct pkv_seq *seq, const struct gpu_observation *o)
 {
-    struct pkv_model *m = seq->model;
-    if (!m->learns)
+    if (!seq->model->learns)
         return 0;
-    if (model_published(m).latest) {
-        recalibration_observe(m, o);
-        return 0;
-    }
-    if (o->tokens < LEARN_CALL || seq->scheme != m->scheme0)
-        return 0;
-    int r = gpu_scheme_observe(m->scheme0, o) ? sign_learnt_again(m, o->layer) : 0;
-    return r || !gpu_scheme_settled(m->scheme0) ? r : model_learner_share(m);
+    calibration_observe(seq->model, o);
+    return model_published(seq->model).latest || o->tokens < CALIBRATION_CALL ? 0 : learn_sign(seq, o);
 }
 
 int model_learn_keys(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t tokens, const void *k)
@@ -107,7 +68,7 @@ static int append_direct(struct pkv_seq *seq, uint32_t layer, uint64_t first, ui
     struct pkv_model *m = seq->model;
     struct pkv *kv = m->kv;
     uint32_t first_block = (uint32_t)(first / PKV_BLOCK_TOKENS), blocks = pkv_tokens_blocks(first + tokens);
-    bool cached = gpu_scheme_settled(seq->scheme) && !gpu_on_device(kv->gpu);
+    bool cached = gpu_scheme_settled(seq_scheme(seq, layer)) && !gpu_on_device(kv->gpu);
     uint32_t step = cached ? CACHED_BLOCKS * PKV_BLOCK_TOKENS : tokens;
     uint64_t bytes = pkv_geom_row_bytes(&m->geom) / 2 * m->geom.kv_heads;
     struct pkv_block_ref *refs = region_refs(kv, blocks);
@@ -126,7 +87,7 @@ static int append_direct(struct pkv_seq *seq, uint32_t layer, uint64_t first, ui
                                        .v = (const char *)v + done * bytes};
         r = gpu_append(kv->gpu, &args);
         r = r ? r : model_learn_keys(seq, layer, first + done, n, args.k);
-        r = r ? r : sign_rows(seq, layer, first + done, n, refs);
+        r = r ? r : seq_sign_rows(seq, layer, seq_scheme(seq, layer), refs, first + done, n);
     }
     return r;
 }
@@ -163,7 +124,7 @@ static int append(struct pkv_seq *seq, uint32_t layer, uint32_t tokens, const ch
     }
     if (!r && tokens > seq->max_tokens - seq->tokens[layer])
         r = -PKV_ERR_LENGTH;
-    r = r ? r : seq_settle(seq);
+    r = r ? r : seq_settle(seq, tokens);
     uint32_t most = piece_blocks(seq);
     uint64_t before = seq->tokens[r ? 0 : layer], bytes = pkv_geom_row_bytes(g) / 2 * g->kv_heads;
     for (uint32_t done = 0, piece; !r && done < tokens; done += piece) {

@@ -27,7 +27,7 @@ static int views_of(struct pkv_seq *const *seqs, const uint32_t *queries, uint32
         return -PKV_ERR_SHAPE;
     for (uint32_t i = 0; i < count; i++) {
         int r = seqs[i]->model == seqs[0]->model ? seq_check(seqs[i], layer) : -PKV_ERR_INVALID;
-        r = r ? r : seq_settle(seqs[i]);
+        r = r ? r : seq_settle(seqs[i], queries[i]);
         if (r)
             return r;
         views[i] = (struct gpu_view){.tokens = seq_layer_tokens(seqs[i], layer), .queries = queries[i]};
@@ -96,12 +96,12 @@ static int attend_direct(struct pkv_seq *const *seqs, uint32_t count, uint32_t l
     uint64_t vectors = (uint64_t)m->geom.q_heads * m->geom.head_dim, tokens = 0;
     int r = 0;
     for (uint32_t i = 0, n; i < count && !r; i += n) {
-        for (n = 1; i + n < count && seqs[i + n]->scheme == seqs[i]->scheme; n++)
+        for (n = 1; i + n < count && seq_scheme(seqs[i + n], layer) == seq_scheme(seqs[i], layer); n++)
             ;
         struct gpu_attend_args args = {.geom = &m->geom,
                                        .space = region_readable(m->kv),
                                        .policy = *policy,
-                                       .scheme = seqs[i]->scheme,
+                                       .scheme = seq_scheme(seqs[i], layer),
                                        .layer = layer,
                                        .seqs = n,
                                        .views = views + i,
@@ -123,7 +123,7 @@ static int learn_queries(struct pkv_seq *const *seqs, const struct gpu_view *vie
     const struct pkv_model *m = seqs[0]->model;
     uint64_t each = (uint64_t)m->geom.q_heads * m->geom.head_dim * pkv_dtype_bytes(m->geom.dtype);
     int r = 0;
-    bool learns = m->learns && (!model_published(m).latest || model_published(m).wanted || m->recalibration.phase);
+    bool learns = m->learns && (!model_published(m).latest || model_published(m).wanted || m->calibration.number);
     for (uint32_t i = 0; i < count && !r && learns; q += views[i++].queries * each) {
         struct gpu_observation o = {.layer = layer,
                                     .tokens = views[i].queries,
@@ -178,7 +178,7 @@ static int select_direct(const struct attend_part *p, const struct gpu_rows *row
     int8_t *weights = malloc(heads * m->geom.sig_bits);
     float *scales = malloc(heads * sizeof(*scales));
     struct gpu_weights_args sign = {.geom = &m->geom,
-                                    .scheme = p->seq->scheme,
+                                    .scheme = seq_scheme(p->seq, p->layer),
                                     .layer = p->layer,
                                     .queries = p->view.queries,
                                     .scale = p->policy.scale,

@@ -120,6 +120,15 @@ bool batch_busy(struct pkv_batch *b)
     return b->open || oldest(b);
 }
 
+int batch_quiet(struct pkv_model *m)
+{
+    int r = 0;
+    for (struct pkv_batch *b = m->kv->batches; b && !r; b = b->next)
+        if (b->model == m)
+            r = b->open ? -PKV_ERR_BUSY : (b->late = drain(b)) == -PKV_ERR_TIMEOUT ? b->late : 0;
+    return r;
+}
+
 /* ---- opening ---- */
 
 static int seq_joins(struct pkv_batch *b, uint32_t index, struct pkv_seq *seq)
@@ -129,7 +138,7 @@ static int seq_joins(struct pkv_batch *b, uint32_t index, struct pkv_seq *seq)
     int r = seq->model != b->model ? -PKV_ERR_INVALID : seq->batch ? -PKV_ERR_BUSY : seq_check(seq, 0);
     if (!r && !seq->writer)
         r = -PKV_ERR_NOT_WRITER;
-    r = r ? r : seq_settle(seq);
+    r = r ? r : seq_settle(seq, 0);
     if (r)
         return r;
     *s = (struct batch_seq){.seq = seq, .scheme = seq->scheme, .version = gpu_scheme_version(seq->scheme), .cuts = seq->cuts};
@@ -211,7 +220,9 @@ int pkv_batch_open(struct pkv_seq *const *seqs, uint32_t count, const struct pkv
     *b = (struct pkv_batch){.kv = kv, .model = seqs[0]->model, .count = count, .queries = PKV_MAX(o.queries, 1u)};
     b->policy = policy;
     b->audit = (struct batch_audit){.on = kv->control->audit_ppm, .last = UINT32_MAX};
-    r = batch_make(b, seqs, o.cache_bytes);
+    r = calibration_wait(b->model); /* or it would soon be stale */
+    r = r && r != -PKV_ERR_TIMEOUT ? r : model_turn_all(b->model);
+    r = r ? r : batch_make(b, seqs, o.cache_bytes);
     if (!r && kv->device) /* chunks by now, the arena's too: importing one within a step would be felt */
         (void)region_map_all(kv);
     if (r) {
@@ -279,7 +290,8 @@ static int lengths_of(struct pkv_batch *b)
         for (uint32_t l = 1; l < b->model->geom.layers; l++)
             if (s->seq->tokens[l] != s->seq->tokens[0])
                 return -PKV_ERR_SHAPE;
-        if (s->seq->scheme != s->scheme || gpu_scheme_version(s->scheme) != s->version)
+        if (s->seq->scheme != s->scheme || gpu_scheme_version(s->scheme) != s->version ||
+            (!s->seq->state && model_turns(b->model)))
             return -PKV_ERR_BATCH_STALE;
         b->lengths[i] = s->seq->tokens[0] + b->queries;
         if (b->lengths[i] > s->seq->max_tokens)

@@ -48,15 +48,29 @@ struct model_state {
     struct gpu_scheme *scheme;
 };
 
-/* recalibrate.c */
-enum recalibration_phase { RECALIBRATION_IDLE, RECALIBRATION_GATHERING, RECALIBRATION_SOLVING };
-struct recalibration {
-    enum recalibration_phase phase;
-    uint32_t number, given_up; /* of the state to be; the last one that could not be made here */
-    struct gpu_scheme *scheme;
+/* calibrate.c: a thread that solves. */
+struct solver {
     pthread_t thread;
-    int result;
-    bool solved; /* by the thread */
+    struct gpu_scheme *scheme;
+    bool running, all, shares; /* all: every layer must be solved; shares: exports the state, to `fd` */
+    bool stop, solved;         /* for the thread, by the thread */
+    int result, fd;
+};
+struct calibration {
+    uint32_t number, given_up;  /* of the state to be, 0: none is; the last one that could not be made here */
+    struct gpu_scheme *learner; /* gathers */
+    struct gpu_scheme *early;   /* what `early_layers` layers of it had at GPU_LEARN_EARLY */
+    uint32_t early_layers;
+    bool early_over;
+    struct solver solver; /* of one of the two */
+};
+#define CALIBRATION_CALL 16u /* tokens; shorter calls do not teach a first state, so that it depends on what was read alone */
+
+/* turn.c: sequences without a state turn to another way to make signatures. */
+struct turn {
+    struct gpu_scheme *to; /* NULL: they do not */
+    uint32_t number;       /* of the state; 0: none, and `to` becomes scheme0 */
+    uint32_t layers;       /* that have turned */
 };
 
 struct pkv_model {
@@ -68,9 +82,10 @@ struct pkv_model {
     float rope_base;
     uint32_t rope_dims, rope_interleaved;
     bool learns;                /* its signatures need no file */
-    struct gpu_scheme *scheme0; /* of a file; else the learner of sequences without a state: NULL when there are none */
+    struct gpu_scheme *scheme0; /* of a file; else of sequences without a state, NULL when there are none */
     struct model_state *states; /* latest first */
-    struct recalibration recalibration;
+    struct calibration calibration;
+    struct turn turn;
 };
 
 struct pkv_seq {
@@ -78,14 +93,18 @@ struct pkv_seq {
     struct pkv_seq *next;
     uint64_t handle, max_tokens;
     const struct pkv_table *table;
-    struct gpu_scheme *scheme; /* that its signatures are made with */
-    uint32_t state;            /* its number; 0: a file's, or a learner's */
-    bool writer, foreign;      /* foreign: what is there was signed by another worker's learner */
+    struct gpu_scheme *scheme; /* that its signatures are made with, but in layers that have turned: seq_scheme */
+    uint32_t state;            /* its number; 0: a file's, or this worker's own way */
+    bool writer, foreign;      /* foreign: what is there was signed in another worker's own way, or partly */
+    bool heir, gone;           /* heir: forked from another worker's, and may share its blocks; gone: found so by turn.c */
     uint64_t *tokens;          /* [layers] as this writer counts them */
     uint32_t *granted;         /* [layers] blocks */
     uint32_t *sealed;          /* [layers] blocks */
     uint64_t cuts;             /* how often tokens were taken back */
-    struct pkv_batch *batch;   /* that it is in, or NULL */
+    uint64_t staged; /* tokens of the layer that turns whose new signatures are in `stage` [tokens][kv_heads][words] */
+    char *stage;
+    uint64_t stage_bytes;
+    struct pkv_batch *batch; /* that it is in, or NULL */
 };
 
 /* connect.c: a request on the socket and its reply. `fd` travels along (-1: none); *ret_fd the one that comes back. */
@@ -127,21 +146,54 @@ static inline struct pkv_model_states model_published(const struct pkv_model *m)
     }
     return states;
 }
-int model_learner(struct pkv_model *model, struct gpu_scheme **ret); /* a fresh scheme that learns */
+int model_scheme(struct pkv_model *model, struct gpu_scheme **ret); /* a fresh one that learns */
+/* The scheme of a state; 0: scheme0. -PKV_ERR_NO_STATE: gone. */
+int model_state_get(struct pkv_model *model, uint32_t number, struct gpu_scheme **ret);
 /* Takes over the daemon's latest state; 0: there is none. */
 int model_latest(struct pkv_model *model, uint32_t *ret_number);
-/* Shares a settled scheme; on success it is the model's. */
-int model_state_put(struct pkv_model *model, uint32_t number, struct gpu_scheme *scheme);
-int model_learner_share(struct pkv_model *model); /* as the first state */
+/* A settled scheme as a sealed memfd; by any thread. */
+int state_export(const struct gpu_scheme *scheme, int *ret);
+/* Shares a scheme that has been exported; on success it is the model's. */
+int model_state_put(struct pkv_model *model, uint32_t number, struct gpu_scheme *scheme, int fd);
+int model_sign_share(struct pkv_model *model); /* a `sign` that has settled, as the first state */
+/* Lets go of states that no sequence here is signed with; the latest stays. */
+void model_trim(struct pkv_model *model);
 void model_states_close(struct pkv_model *model);
+/* All signatures are of a state now, which belongs to the model. */
+int seq_say_signed(struct pkv_seq *seq, uint32_t number, struct gpu_scheme *scheme);
 /* The scheme that the sequence's table names. */
 int seq_adopt_state(struct pkv_seq *seq);
-/* Before its signatures are used: a reader follows the table, a writer without a state signs again once there is one. */
-int seq_settle(struct pkv_seq *seq);
+/* Before its signatures are used, in a call of so many tokens: a reader follows the table, a writer carries on what its model
+ * has under way. */
+int seq_settle(struct pkv_seq *seq, uint64_t tokens);
 
-/* recalibrate.c: shows a writer's keys or queries, and carries on what is under way. */
-void recalibration_observe(struct pkv_model *model, const struct gpu_observation *observation);
-void recalibration_close(struct pkv_model *model);
+/* calibrate.c: shows a writer's keys or queries; takes over what has been solved; waits, with a bound, until nothing is being
+ * solved. */
+void calibration_observe(struct pkv_model *model, const struct gpu_observation *observation);
+void calibration_poll(struct pkv_model *model);
+int calibration_wait(struct pkv_model *model);
+void calibration_close(struct pkv_model *model);
+
+/* turn.c: to a scheme of this worker's own: true if it is the model's now; to the first state, if there is one; a slice as
+ * large as a call of so many tokens may bring; all of it: -PKV_ERR_BUSY while a batch's step is open or in flight. */
+bool model_turn_early(struct pkv_model *model, struct gpu_scheme *scheme);
+int model_turn_begin(struct pkv_model *model);
+int model_turn_some(struct pkv_model *model, uint64_t tokens);
+int model_turn_all(struct pkv_model *model);
+bool model_turns(struct pkv_model *model); /* or begins to */
+static inline struct gpu_scheme *seq_scheme(const struct pkv_seq *s, uint32_t layer)
+{
+    const struct turn *t = &s->model->turn;
+    return t->to && !s->state && !s->foreign && layer < t->layers ? t->to : s->scheme;
+}
+
+/* sign.c: signatures of rows that lie in their blocks: in place, `refs` [blocks] being theirs; of a whole layer; as a list
+ * [tokens][kv_heads][words] that is put in place later. */
+int seq_sign_rows(struct pkv_seq *seq, uint32_t layer, struct gpu_scheme *scheme, const struct pkv_block_ref *refs,
+                  uint64_t first, uint32_t tokens);
+int seq_sign_again(struct pkv_seq *seq, uint32_t layer, struct gpu_scheme *scheme);
+int seq_sign_list(struct pkv_seq *seq, uint32_t layer, struct gpu_scheme *scheme, uint64_t first, uint32_t tokens, char *ret);
+int seq_put_signatures(struct pkv_seq *seq, uint32_t layer, uint32_t tokens, char *list);
 
 /* seq.c */
 int seq_check(const struct pkv_seq *seq, uint32_t layer);
@@ -158,12 +210,11 @@ int seq_cut(struct pkv_seq *seq, uint32_t layer, uint64_t tokens);
 void seq_claim(const struct pkv_seq *seq);
 void seq_forget(struct pkv_seq *seq);
 
-/* append.c: shows keys or queries (finite) to a scheme that still learns. What was signed before it learnt is signed again;
- * what it has learnt, once complete, is shared. Outside of an epoch. */
+/* append.c: shows keys or queries (finite) to what still learns. What was signed before `sign` knew a layer's mean is signed
+ * again; a `sign` that is complete is shared. Outside of an epoch. */
 int model_learn(struct pkv_seq *seq, const struct gpu_observation *observation);
 /* Tells the daemon that the blocks below `tokens` are full and written. */
 int seq_seal(struct pkv_seq *seq, uint32_t layer, uint64_t tokens);
-int seq_sign_again(struct pkv_seq *seq, uint32_t layer);
 int model_learn_keys(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t tokens, const void *k);
 
 /* attend.c */
@@ -171,6 +222,8 @@ int budget_policy(const struct pkv_budget *budget, struct gpu_policy *ret);
 
 /* batch.c: whether a step is open or in flight; looks after those that have ended. */
 bool batch_busy(struct pkv_batch *batch);
+/* Waits, with a bound, for the steps in flight of a model's batches. -PKV_ERR_BUSY: one is open. */
+int batch_quiet(struct pkv_model *model);
 void batch_close_all(struct pkv *kv);
 
 /* One call's queries of one sequence. */
@@ -185,7 +238,9 @@ struct attend_part {
 
 /* served.c: the same as direct, through the data area. */
 int served_append(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t tokens, const void *k, const void *v);
-int served_sign_again(struct pkv_seq *seq, uint32_t layer, uint64_t tokens);
+int served_sign_list(struct pkv_seq *seq, uint32_t layer, struct gpu_scheme *scheme, uint64_t first, uint32_t tokens,
+                     char *ret);
+int served_put_signatures(struct pkv_seq *seq, uint32_t layer, uint32_t tokens, const char *list);
 int served_attend(const struct attend_part *part, struct gpu_explain *explain);
 /* Rows of blocks to the start of the data area. */
 int served_read(struct pkv_seq *seq, uint32_t layer, uint32_t first, uint32_t count);

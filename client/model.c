@@ -54,7 +54,6 @@ int pkv_model_open(struct pkv *kv, const struct pkv_model_desc *desc, struct pkv
     r = r ? r : socket_call(kv, &request, sizeof(request), -1, &reply, NULL);
     if (!r) {
         uint32_t latest;
-        gpu_scheme_rope(m->scheme0, request.rope_base, request.rope_dims, request.rope_interleaved);
         m->kv = kv, m->id = reply.id, m->kind = desc->signature, m->learns = !desc->weights;
         m->rope_base = request.rope_base, m->rope_dims = request.rope_dims, m->rope_interleaved = request.rope_interleaved;
         r = model_latest(m, &latest);

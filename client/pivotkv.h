@@ -81,6 +81,11 @@ struct pkv_model_desc {
 PKV_API void pkv_model_defaults(struct pkv_model_desc *ret);
 /* -ENOTUNIQ: the name is registered with another description. */
 PKV_API int pkv_model_open(struct pkv *kv, const struct pkv_model_desc *desc, struct pkv_model **ret);
+/* Until the calibration that this connection's calls have fed is in use: solves under way are waited for, and its sequences are
+ * signed with what they gave (as they come, other calls do that bit by bit, when the solve happens to be done). For results
+ * that do not depend on the machine's speed: after reading, before measuring. Nothing under way: returns at once. -ETIMEDOUT.
+ */
+PKV_API int pkv_model_settle(struct pkv_model *model);
 /* Sequences of the model must be closed first: -EBUSY. */
 PKV_API int pkv_model_close(struct pkv_model *model);
 

@@ -89,12 +89,14 @@ void seq_forget(struct pkv_seq *seq)
     free(seq->tokens);
     free(seq->granted);
     free(seq->sealed);
+    free(seq->stage);
     free(seq);
 }
 
 static void set_layer(struct pkv_seq *s, uint32_t layer, uint64_t tokens)
 {
     s->tokens[layer] = tokens;
+    s->staged = PKV_MIN(s->staged, tokens);
     s->granted[layer] = pkv_tokens_blocks(tokens);
     s->sealed[layer] = (uint32_t)(tokens / PKV_BLOCK_TOKENS);
 }
@@ -230,6 +232,7 @@ int pkv_seq_fork(struct pkv_seq *seq, uint64_t tokens, uint32_t max_tokens, stru
     if (r)
         return kv_done(kv, r);
     (*ret)->writer = true;
+    (*ret)->heir = !seq->writer && tokens;
     (*ret)->max_tokens = max_tokens ? max_tokens : seq->max_tokens;
     set_length(*ret, tokens);
     return 0;

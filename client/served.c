@@ -36,12 +36,13 @@ static int staging_make(const struct pkv_geom *g, uint32_t blocks, void *rows, s
     return 0;
 }
 
-static int staging_sign(struct pkv_seq *seq, uint32_t layer, const struct staging *s, uint32_t first, uint32_t tokens)
+static int staging_sign(struct pkv_seq *seq, uint32_t layer, struct gpu_scheme *scheme, const struct staging *s, uint32_t first,
+                        uint32_t tokens)
 {
     struct pkv_model *m = seq->model;
     struct gpu_sign_args args = {.geom = &m->geom,
                                  .space = {{NULL, s->base, NULL}},
-                                 .scheme = seq->scheme,
+                                 .scheme = scheme,
                                  .layer = layer,
                                  .blocks = s->refs,
                                  .first_token = first,
@@ -83,7 +84,7 @@ int served_append(struct pkv_seq *seq, uint32_t layer, uint64_t first, uint32_t 
         .geom = g, .space = {{NULL, s.base, NULL}}, .blocks = s.refs, .first_token = in, .tokens = tokens, .k = k, .v = v};
     r = gpu_append(kv->gpu, &rows);
     r = r ? r : model_learn_keys(seq, layer, first, tokens, k);
-    r = r ? r : staging_sign(seq, layer, &s, in, tokens);
+    r = r ? r : staging_sign(seq, layer, seq_scheme(seq, layer), &s, in, tokens);
     for (uint32_t done = 0, n; done < tokens && !r; done += n) {
         n = PKV_MIN(room, tokens - done);
         struct pkv_served_append at = pkv_served_append(g, n, 0);
@@ -104,28 +105,42 @@ int served_read(struct pkv_seq *seq, uint32_t layer, uint32_t first, uint32_t co
     return ring_call(kv, &s, NULL);
 }
 
-int served_sign_again(struct pkv_seq *seq, uint32_t layer, uint64_t tokens)
+int served_sign_list(struct pkv_seq *seq, uint32_t layer, struct gpu_scheme *scheme, uint64_t first, uint32_t tokens, char *ret)
 {
     struct pkv *kv = seq->model->kv;
     const struct pkv_geom *g = &seq->model->geom;
-    uint32_t blocks = pkv_tokens_blocks(tokens), room = (uint32_t)(kv->data_bytes / pkv_geom_block_bytes(g));
+    uint64_t each = g->kv_heads * pkv_geom_words(g) * 4ull, end = first + tokens;
+    uint32_t room = (uint32_t)(kv->data_bytes / pkv_geom_block_bytes(g));
     int r = room ? 0 : -PKV_ERR_DATA_SMALL;
-    for (uint32_t b = 0, n; b < blocks && !r; b += n) {
+    for (uint64_t at = first, n; at < end && !r; at += n) {
+        uint32_t block = (uint32_t)(at / PKV_BLOCK_TOKENS), in = (uint32_t)(at % PKV_BLOCK_TOKENS);
+        n = PKV_MIN((uint64_t)room * PKV_BLOCK_TOKENS - in, end - at);
+        uint32_t blocks = pkv_tokens_blocks(in + n);
         struct staging s;
-        n = PKV_MIN(room, blocks - b);
-        uint64_t first = (uint64_t)b * PKV_BLOCK_TOKENS;
-        uint32_t count = (uint32_t)PKV_MIN((uint64_t)n * PKV_BLOCK_TOKENS, tokens - first);
-        r = staging_make(g, n, kv->data, &s);
+        r = staging_make(g, blocks, kv->data, &s);
         if (r)
             return r;
-        r = served_read(seq, layer, b, n);
-        r = r ? r : staging_sign(seq, layer, &s, 0, count);
-        struct pkv_served_append at = pkv_served_append(g, count, PKV_APPEND_SIGNATURES);
-        if (!r) { /* the rows have been read: their place is free */
-            signatures_out(g, &s, 0, count, kv->data + at.signatures);
-            r = send_append(seq, layer, first, count, PKV_APPEND_SIGNATURES, at.bytes);
-        }
+        r = served_read(seq, layer, block, blocks);
+        r = r ? r : staging_sign(seq, layer, scheme, &s, in, (uint32_t)n);
+        if (!r)
+            signatures_out(g, &s, in, (uint32_t)n, ret + (at - first) * each);
         staging_free(&s);
+    }
+    return r;
+}
+
+int served_put_signatures(struct pkv_seq *seq, uint32_t layer, uint32_t tokens, const char *list)
+{
+    struct pkv *kv = seq->model->kv;
+    const struct pkv_geom *g = &seq->model->geom;
+    uint64_t each = g->kv_heads * pkv_geom_words(g) * 4ull;
+    uint32_t room = (uint32_t)PKV_MIN((kv->data_bytes - 192) / each, PKV_SEQ_TOKENS_MAX);
+    int r = 0;
+    for (uint32_t done = 0, n; done < tokens && !r; done += n) {
+        n = PKV_MIN(room, tokens - done);
+        struct pkv_served_append at = pkv_served_append(g, n, PKV_APPEND_SIGNATURES);
+        memcpy(kv->data + at.signatures, list + done * each, n * each);
+        r = send_append(seq, layer, done, n, PKV_APPEND_SIGNATURES, at.bytes);
     }
     return r;
 }
@@ -210,7 +225,7 @@ static int select_call(const struct attend_part *p, uint32_t rows_max, uint32_t 
     char *data = m->kv->data;
     struct pkv_served_query at = pkv_served_query(g, p->view.queries);
     struct gpu_weights_args sign = {.geom = g,
-                                    .scheme = p->seq->scheme,
+                                    .scheme = seq_scheme(p->seq, p->layer),
                                     .layer = p->layer,
                                     .queries = p->view.queries,
                                     .scale = p->policy.scale,

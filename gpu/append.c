@@ -88,6 +88,7 @@ int gpu_append(struct gpu *gpu, const struct gpu_append_args *a)
 struct sign {
     struct gpu *gpu;
     const struct gpu_sign_args *a;
+    char *list; /* [tokens][kv_heads][words]; NULL: into the blocks */
 };
 
 static void sign_block(void *context, uint64_t i, uint32_t thread)
@@ -98,17 +99,28 @@ static void sign_block(void *context, uint64_t i, uint32_t thread)
     const struct pkv_geom *g = a->geom;
     uint64_t block = a->first_token / PKV_BLOCK_TOKENS + i, end = a->first_token + a->tokens;
     const char *rows = gpu_place(&a->space, a->blocks[block].rows, pkv_geom_block_bytes(g));
-    uint32_t *to = (uint32_t *)(uintptr_t)gpu_place(&a->space, a->blocks[block].signatures, pkv_geom_sig_block_bytes(g));
+    uint32_t *to = NULL, words[PKV_SIG_WORDS_MAX], count = pkv_geom_words(g);
+    if (!p->list)
+        to = (uint32_t *)(uintptr_t)gpu_place(&a->space, a->blocks[block].signatures, pkv_geom_sig_block_bytes(g));
     for (uint32_t h = 0; h < g->kv_heads; h++) {
         for (uint64_t t = first_of(a->first_token, block); t < PKV_MIN(end, (block + 1) * PKV_BLOCK_TOKENS); t++) {
-            uint32_t words[PKV_SIG_WORDS_MAX], in = (uint32_t)(t % PKV_BLOCK_TOKENS);
+            uint32_t in = (uint32_t)(t % PKV_BLOCK_TOKENS);
             float key[PKV_HEAD_DIM_MAX];
             p->gpu->kernels->to_float(rows + pkv_geom_row_offset(g, h, in), g->dtype, key, g->head_dim);
             a->scheme->verbs->sign(a->scheme, p->gpu->kernels, a->layer, h, key, words);
-            for (uint32_t w = 0; w < pkv_geom_words(g); w++)
+            for (uint32_t w = 0; w < count && to; w++)
                 to[pkv_geom_sig_index(g, h, in, w)] = words[w];
+            if (!to)
+                memcpy(p->list + ((t - a->first_token) * g->kv_heads + h) * count * 4, words, count * 4ull);
         }
     }
+}
+
+static int sign_all(struct gpu *gpu, const struct gpu_sign_args *a, void *list)
+{
+    struct sign p = {gpu, a, list};
+    gpu_team_run(&gpu->team, sign_block, &p, blocks_of(a->first_token, a->tokens));
+    return 0;
 }
 
 int gpu_sign(struct gpu *gpu, const struct gpu_sign_args *a)
@@ -118,11 +130,15 @@ int gpu_sign(struct gpu *gpu, const struct gpu_sign_args *a)
         return r;
     if (a->layer >= a->geom->layers)
         return -PKV_ERR_INVALID;
-    if (gpu->backend)
-        return gpu->backend->sign(gpu->device, a);
-    struct sign p = {gpu, a};
-    gpu_team_run(&gpu->team, sign_block, &p, blocks_of(a->first_token, a->tokens));
-    return 0;
+    return gpu->backend ? gpu->backend->sign(gpu->device, a) : sign_all(gpu, a, NULL);
+}
+
+int gpu_sign_list(struct gpu *gpu, const struct gpu_sign_args *a, void *ret)
+{
+    int r = check_append(a->geom, &a->space, a->blocks, a->first_token, a->tokens, false);
+    if (!r && a->layer >= a->geom->layers)
+        r = -PKV_ERR_INVALID;
+    return r ? r : gpu->backend ? -PKV_ERR_UNSUPPORTED : sign_all(gpu, a, ret);
 }
 
 int gpu_put_signatures(struct gpu *gpu, const struct gpu_signatures_args *a)

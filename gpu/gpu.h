@@ -90,6 +90,8 @@ struct gpu_sign_args {
     uint32_t tokens;
 };
 int gpu_sign(struct gpu *gpu, const struct gpu_sign_args *args);
+/* Into `ret` instead of the blocks, as gpu_put_signatures takes them. -PKV_ERR_UNSUPPORTED: on a device. */
+int gpu_sign_list(struct gpu *gpu, const struct gpu_sign_args *args, void *ret);
 
 /* Signatures that were made elsewhere, [tokens][kv_heads][words], into blocks that are writable in `space`. */
 struct gpu_signatures_args {
@@ -210,9 +212,10 @@ void gpu_scheme_close(struct gpu_scheme *scheme);
 /* Whether `code` needs no file in this build. */
 bool gpu_scheme_calibrates(void);
 
-/* A scheme may still learn from the first tokens: `sign` the keys' mean per layer and head, `code` without a file its whole
- * transform, from keys and queries. `code` must know how positions turn them (base 0: not at all). */
-void gpu_scheme_rope(struct gpu_scheme *scheme, float base, uint32_t dims, bool interleaved);
+/* A scheme without a file learns from the first tokens: `sign` the keys' mean per layer and head, within observe. `code` serves
+ * as `sign`, until one that has gathered the moments of keys and queries is solved, beside the serving path. */
+#define GPU_LEARN_EARLY  1008u /* keys, and tokens with queries, of a layer that can be solved */
+#define GPU_LEARN_TOKENS 4080u /* more are not gathered; half as many: 1 to 3 % more error */
 
 /* Post-RoPE vectors of consecutive tokens of a layer. */
 struct gpu_observation {
@@ -222,17 +225,21 @@ struct gpu_observation {
     const void *k;    /* [tokens][kv_heads][head_dim] or NULL */
     const void *q;    /* [tokens][q_heads][head_dim] or NULL */
 };
-/* True: the layer's state changed, and blocks signed before must be signed again. */
+/* True: `sign` knows the layer's mean now, and blocks signed before must be signed again. */
 bool gpu_scheme_observe(struct gpu_scheme *scheme, const struct gpu_observation *observation);
 uint64_t gpu_scheme_version(const struct gpu_scheme *scheme); /* another one after every change of what it signs */
 bool gpu_scheme_settled(const struct gpu_scheme *scheme);     /* no layer will change any more */
 
-/* A `code` that is learnt beside the serving path: from now on observe only gathers, until there is enough of all layers; solve
- * takes a second or two for a large model, on any thread while nobody else uses the scheme. -PKV_ERR_NOT_FINITE: nothing can be
- * solved from what was gathered. */
-void gpu_scheme_defer(struct gpu_scheme *scheme);
-bool gpu_scheme_gathered(const struct gpu_scheme *scheme);
-int gpu_scheme_solve(struct gpu_scheme *scheme);
+/* From now on observe gathers, too (67 MB for 32 layers x 8 heads of 128); positions turn vectors by this rope (base 0: not at
+ * all). -PKV_ERR_UNSUPPORTED: not a `code` without a file. */
+int gpu_scheme_gather(struct gpu_scheme *scheme, float base, uint32_t dims, bool interleaved);
+bool gpu_scheme_gathered(const struct gpu_scheme *scheme, uint32_t layer, uint32_t tokens); /* so many, of both sides */
+/* A layer's moments as they are now, to a scheme that gathers too. */
+void gpu_scheme_gathered_copy(const struct gpu_scheme *from, uint32_t layer, struct gpu_scheme *to);
+/* Ends the gathering. Takes seconds for a large model, on any thread while nobody else uses the scheme. A layer that cannot be
+ * solved is left to `sign`; with `all` that is a failure. `stop` (may be NULL), set by another thread, ends it within a layer's
+ * time: -PKV_ERR_BUSY. -PKV_ERR_NOT_FINITE: nothing can be solved from what was gathered. */
+int gpu_scheme_solve(struct gpu_scheme *scheme, bool all, const bool *stop);
 
 /* The learnt state as bytes, so that other workers sign alike. Import refuses what does not fit: -PKV_ERR_FILE_FIT. */
 uint64_t gpu_scheme_state_bytes(const struct gpu_scheme *scheme);

@@ -22,8 +22,6 @@ struct scheme_moments {
     float *k, *q;                         /* [layers][kv_heads][head_dim][head_dim] */
     double *k_sum;                        /* [layers][kv_heads][head_dim] */
     uint32_t *k_tokens, *q_tokens;        /* [layers] */
-    uint8_t *ended;                       /* [layers]: nothing more is gathered, solved or given up */
-    bool deferred;                        /* solved by gpu_scheme_solve, not by observe */
     uint32_t rope_dims, rope_interleaved; /* 0 dims: no rope */
     double frequencies[PKV_HEAD_DIM_MAX / 2];
 };
@@ -31,7 +29,7 @@ struct scheme_moments {
 struct gpu_scheme {
     uint32_t kind;
     uint64_t version; /* another one, of all schemes of the process, after every change; device copies follow it */
-    struct scheme_moments *moments; /* `code` without a file, until it is solved; else NULL */
+    struct scheme_moments *moments; /* `code` that gathers, until it is solved; else NULL */
     struct pkv_geom geom;
     const struct scheme_verbs *verbs;
     /* sign */
@@ -78,7 +76,7 @@ bool scheme_sign_observe(struct gpu_scheme *scheme, const struct gpu_observation
 extern const struct scheme_verbs scheme_sign_verbs, scheme_code_verbs, scheme_learn_verbs;
 /* scheme_learn.c: `code` that calibrates itself. -PKV_ERR_UNSUPPORTED: built without LAPACK. */
 int scheme_learn_open(struct gpu_scheme *scheme);
-bool scheme_learn_observe(struct gpu_scheme *scheme, const struct gpu_observation *observation);
+void scheme_learn_observe(struct gpu_scheme *scheme, const struct gpu_observation *observation);
 void scheme_moments_free(struct gpu_scheme *scheme);
 /* scheme_solve.c: a layer's maps, levels and bits from its moments. */
 int scheme_solve_layer(struct gpu_scheme *scheme, uint32_t layer);

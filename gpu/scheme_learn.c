@@ -2,31 +2,41 @@
  *
  * Per layer and kv head: take post-RoPE keys and queries as they come (the first tokens of a sequence left out: sinks are
  * outliers), turn each to a random position of the context that is to be served - a prefix says nothing about RoPE's slow
- * dimensions - and add up moments. Once there are EARLY_TOKENS of both, solve (scheme_solve.c), and once more at LEARN_TOKENS.
- * Until then, and per layer, the scheme signs as `sign` does.
+ * dimensions - and add up moments, until there are GPU_LEARN_TOKENS of both. Somebody else solves (scheme_solve.c), once there
+ * are GPU_LEARN_EARLY or more. Until then the scheme signs as `sign` does.
  *
  * The context is a sequence's max_tokens, and later sequences of the model may be longer: one vector in FAR_SHARE goes to
  * a position of FAR times the context. That costs about 1 % of the error within it, and beyond it keeps the slow dimensions
  * from getting no bits at all: with 4 times the context it more than halves the error.
  *
- * States of a layer (learnt[layer]): 0 nothing known -> 1 `sign` has its mean -> 2 solved; ended[layer]: no more changes. A
- * change means that what was signed before must be signed again. Failures: no memory leaves the layer where it is; a solve that
- * fails (numbers that are not finite) ends the layer as it is, and `sign` or the earlier solution goes on serving it. Owner:
- * the thread that owns the model. */
+ * States of a layer (learnt[layer]): 0 nothing known -> 1 `sign` has its mean -> 2 solved. Failures: no memory for scratch:
+ * what was to be gathered is not; a solve that fails (numbers that are not finite) leaves the layer to `sign`. Owner: whichever
+ * thread has the scheme. OpenBLAS's number of threads is the process's, so all who compute here set it together. */
 #include "gpu/scheme.h"
 
 #ifdef PKV_LAPACK
 #include <cblas.h>
 
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define SKIP         16u   /* the first tokens of a sequence */
-#define EARLY_TOKENS 1008u /* keys, and tokens with queries */
-#define LEARN_TOKENS 4080u /* half as many: 1 to 3 % more error */
-#define FAR          16u
-#define FAR_SHARE    16u
-#define PIECE        256u /* tokens turned at a time */
+#define SKIP      16u /* the first tokens of a sequence */
+#define FAR       16u
+#define FAR_SHARE 16u
+#define PIECE     256u /* tokens turned at a time */
+
+/* One thread: the matrices are small, and sums must not depend on the machine. */
+static void one_thread(bool begin)
+{
+    static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    static int users, threads;
+    pthread_mutex_lock(&lock);
+    if (begin && !users++)
+        threads = openblas_get_num_threads();
+    openblas_set_num_threads(begin || --users ? 1 : threads);
+    pthread_mutex_unlock(&lock);
+}
 
 /* Cosines and sines of the angles from position `from` to `to`: [rope_dims / 2] each. */
 static void angles(const struct scheme_moments *m, double from, double to, float *cosines, float *sines)
@@ -110,36 +120,16 @@ static void gather(const struct gpu_scheme *s, const struct gpu_observation *o, 
 
 static bool wanted(const struct side *x)
 {
-    return x->from && *x->tokens < LEARN_TOKENS;
+    return x->from && *x->tokens < GPU_LEARN_TOKENS;
 }
 
-/* Both sides have reached `tokens`, which `before` they had not. */
-static bool reached(const struct scheme_moments *m, uint32_t layer, uint32_t before, uint32_t tokens)
-{
-    return before < tokens && PKV_MIN(m->k_tokens[layer], m->q_tokens[layer]) >= tokens;
-}
-
-/* Once when there is enough to begin with, once more at the end. True: maps have changed. */
-static bool solve_in_turn(struct gpu_scheme *s, uint32_t layer, uint32_t before)
-{
-    struct scheme_moments *m = s->moments;
-    bool last = reached(m, layer, before, LEARN_TOKENS), now = last || reached(m, layer, before, EARLY_TOKENS);
-    if (!now || m->deferred)
-        return false;
-    bool solved = scheme_solve_layer(s, layer) == 0;
-    m->ended[layer] = last || !solved;
-    s->learnt[layer] = solved ? SCHEME_SOLVED : s->learnt[layer];
-    return s->learnt[layer] == SCHEME_SOLVED; /* a second solve that failed may have changed some heads */
-}
-
-bool scheme_learn_observe(struct gpu_scheme *s, const struct gpu_observation *o)
+void scheme_learn_observe(struct gpu_scheme *s, const struct gpu_observation *o)
 {
     const struct pkv_geom *g = &s->geom;
     struct scheme_moments *m = s->moments;
     uint32_t skip = o->first_token < SKIP ? (uint32_t)PKV_MIN(SKIP - o->first_token, (uint64_t)o->tokens) : 0;
-    if (!m || m->ended[o->layer])
-        return false;
-    uint32_t before = PKV_MIN(m->k_tokens[o->layer], m->q_tokens[o->layer]);
+    if (!m)
+        return;
     const struct side sides[] = {
         {o->k, g->kv_heads, scheme_mix(o->layer + 1), m->k, m->k_sum, m->k_tokens + o->layer},
         {o->q, g->q_heads, scheme_mix(o->layer + 1000003), m->q, NULL, m->q_tokens + o->layer},
@@ -147,18 +137,14 @@ bool scheme_learn_observe(struct gpu_scheme *s, const struct gpu_observation *o)
     uint64_t room = (uint64_t)PKV_MIN(PIECE, o->tokens) * g->q_heads * g->head_dim;
     float *scratch = wanted(&sides[0]) || wanted(&sides[1]) ? malloc(room * sizeof(float)) : NULL;
     if (!scratch)
-        return false;
-    /* One thread: the pieces are small, and sums must not depend on the machine. */
-    int threads = openblas_get_num_threads();
-    openblas_set_num_threads(1);
+        return;
+    one_thread(true);
     for (uint32_t at = skip; at < o->tokens; at += PIECE)
         for (uint32_t i = 0; i < PKV_ARRAY_LEN(sides); i++)
             if (wanted(&sides[i]))
                 gather(s, o, &sides[i], at, PKV_MIN(PIECE, o->tokens - at), scratch);
-    bool changed = solve_in_turn(s, o->layer, before);
-    openblas_set_num_threads(threads);
+    one_thread(false);
     free(scratch);
-    return changed;
 }
 
 bool gpu_scheme_calibrates(void)
@@ -166,27 +152,43 @@ bool gpu_scheme_calibrates(void)
     return true;
 }
 
-bool gpu_scheme_gathered(const struct gpu_scheme *s)
+bool gpu_scheme_gathered(const struct gpu_scheme *s, uint32_t layer, uint32_t tokens)
 {
-    for (uint32_t l = 0; l < s->geom.layers; l++)
-        if (!s->moments || PKV_MIN(s->moments->k_tokens[l], s->moments->q_tokens[l]) < LEARN_TOKENS)
-            return false;
-    return true;
+    const struct scheme_moments *m = s->moments;
+    return m && PKV_MIN(m->k_tokens[layer], m->q_tokens[layer]) >= tokens;
 }
 
-int gpu_scheme_solve(struct gpu_scheme *s)
+void gpu_scheme_gathered_copy(const struct gpu_scheme *s, uint32_t layer, struct gpu_scheme *to)
 {
-    bool all = gpu_scheme_gathered(s);
-    int threads = openblas_get_num_threads();
-    openblas_set_num_threads(1);
-    for (uint32_t l = 0; l < s->geom.layers && all; l++) {
-        all = scheme_solve_layer(s, l) == 0;
-        s->learnt[l] = all ? SCHEME_SOLVED : s->learnt[l];
+    const struct pkv_geom *g = &s->geom;
+    const struct scheme_moments *m = s->moments;
+    uint64_t dim = g->head_dim, heads = g->kv_heads, first = layer * heads, square = dim * dim;
+    memcpy(to->moments->k + first * square, m->k + first * square, heads * square * sizeof(float));
+    memcpy(to->moments->q + first * square, m->q + first * square, heads * square * sizeof(float));
+    memcpy(to->moments->k_sum + first * dim, m->k_sum + first * dim, heads * dim * sizeof(double));
+    to->moments->k_tokens[layer] = m->k_tokens[layer], to->moments->q_tokens[layer] = m->q_tokens[layer];
+    memcpy(to->mean + first * dim, s->mean + first * dim, heads * dim * sizeof(float));
+    memcpy(to->deviation + first * g->sig_bits, s->deviation + first * g->sig_bits, heads * g->sig_bits * sizeof(float));
+    to->learnt[layer] = s->learnt[layer];
+}
+
+int gpu_scheme_solve(struct gpu_scheme *s, bool all, const bool *stop)
+{
+    uint32_t solved = 0;
+    int r = 0;
+    one_thread(true);
+    for (uint32_t l = 0; l < s->geom.layers && !r; l++) {
+        if (stop && __atomic_load_n(stop, __ATOMIC_RELAXED))
+            r = -PKV_ERR_BUSY;
+        else if (gpu_scheme_gathered(s, l, GPU_LEARN_EARLY) && scheme_solve_layer(s, l) == 0)
+            s->learnt[l] = SCHEME_SOLVED, solved++;
+        else if (all || !s->learnt[l])
+            r = -PKV_ERR_NOT_FINITE;
     }
-    openblas_set_num_threads(threads);
+    one_thread(false);
     scheme_moments_free(s);
     scheme_changed(s);
-    return all ? 0 : -PKV_ERR_NOT_FINITE;
+    return r || solved ? r : -PKV_ERR_NOT_FINITE;
 }
 
 void scheme_moments_free(struct gpu_scheme *s)
@@ -194,7 +196,7 @@ void scheme_moments_free(struct gpu_scheme *s)
     struct scheme_moments *m = s->moments;
     if (!m)
         return;
-    free(m->k), free(m->q), free(m->k_sum), free(m->k_tokens), free(m->q_tokens), free(m->ended);
+    free(m->k), free(m->q), free(m->k_sum), free(m->k_tokens), free(m->q_tokens);
     free(m);
     s->moments = NULL;
 }
@@ -209,8 +211,21 @@ static int moments_open(struct gpu_scheme *s)
     m->k = calloc(heads * square, sizeof(float)), m->q = calloc(heads * square, sizeof(float));
     m->k_sum = calloc(heads * g->head_dim, sizeof(double));
     m->k_tokens = calloc(g->layers, sizeof(uint32_t)), m->q_tokens = calloc(g->layers, sizeof(uint32_t));
-    m->ended = calloc(g->layers, 1);
-    return m->k && m->q && m->k_sum && m->k_tokens && m->q_tokens && m->ended ? 0 : -PKV_ERR_NO_MEMORY;
+    return m->k && m->q && m->k_sum && m->k_tokens && m->q_tokens ? 0 : -PKV_ERR_NO_MEMORY;
+}
+
+int gpu_scheme_gather(struct gpu_scheme *s, float base, uint32_t dims, bool interleaved)
+{
+    int r = s->verbs != &scheme_learn_verbs ? -PKV_ERR_UNSUPPORTED : s->moments ? 0 : moments_open(s);
+    if (r) {
+        scheme_moments_free(s);
+        return r;
+    }
+    struct scheme_moments *m = s->moments;
+    m->rope_dims = base > 0 ? PKV_MIN(dims, s->geom.head_dim) : 0, m->rope_interleaved = interleaved;
+    for (uint32_t j = 0; j < m->rope_dims / 2; j++)
+        m->frequencies[j] = pow(base, -2.0 * j / m->rope_dims);
+    return 0;
 }
 
 /* `sign` for the meantime, and room for what will be solved. */
@@ -219,7 +234,6 @@ int scheme_learn_open(struct gpu_scheme *s)
     const struct pkv_geom *g = &s->geom;
     uint64_t heads = (uint64_t)g->layers * g->kv_heads, square = (uint64_t)g->head_dim * g->head_dim;
     int r = scheme_sign_open(s);
-    r = r ? r : moments_open(s);
     s->dims = g->head_dim, s->k_stages = s->q_stages = 1, s->verbs = &scheme_learn_verbs;
     s->k[0] = (struct scheme_map){calloc(heads * square, sizeof(float)), NULL, g->head_dim, g->head_dim};
     s->q[0] = (struct scheme_map){calloc(heads * square, sizeof(float)), NULL, g->head_dim, g->head_dim};
@@ -239,22 +253,32 @@ bool gpu_scheme_calibrates(void)
     return false;
 }
 
-bool gpu_scheme_gathered(const struct gpu_scheme *s)
+int gpu_scheme_gather(struct gpu_scheme *s, float base, uint32_t dims, bool interleaved)
 {
-    (void)s;
-    return false;
-}
-
-int gpu_scheme_solve(struct gpu_scheme *s)
-{
-    (void)s;
+    (void)s, (void)base, (void)dims, (void)interleaved;
     return -PKV_ERR_UNSUPPORTED;
 }
 
-bool scheme_learn_observe(struct gpu_scheme *s, const struct gpu_observation *o)
+bool gpu_scheme_gathered(const struct gpu_scheme *s, uint32_t layer, uint32_t tokens)
+{
+    (void)s, (void)layer, (void)tokens;
+    return false;
+}
+
+void gpu_scheme_gathered_copy(const struct gpu_scheme *s, uint32_t layer, struct gpu_scheme *to)
+{
+    (void)s, (void)layer, (void)to;
+}
+
+int gpu_scheme_solve(struct gpu_scheme *s, bool all, const bool *stop)
+{
+    (void)s, (void)all, (void)stop;
+    return -PKV_ERR_UNSUPPORTED;
+}
+
+void scheme_learn_observe(struct gpu_scheme *s, const struct gpu_observation *o)
 {
     (void)s, (void)o;
-    return false;
 }
 
 void scheme_moments_free(struct gpu_scheme *s)
@@ -269,22 +293,6 @@ int scheme_learn_open(struct gpu_scheme *s)
 }
 
 #endif
-
-void gpu_scheme_defer(struct gpu_scheme *s)
-{
-    if (s->moments)
-        s->moments->deferred = true;
-}
-
-void gpu_scheme_rope(struct gpu_scheme *s, float base, uint32_t dims, bool interleaved)
-{
-    struct scheme_moments *m = s->moments;
-    if (!m)
-        return;
-    m->rope_dims = base > 0 ? PKV_MIN(dims, s->geom.head_dim) : 0, m->rope_interleaved = interleaved;
-    for (uint32_t j = 0; j < m->rope_dims / 2; j++)
-        m->frequencies[j] = pow(base, -2.0 * j / m->rope_dims);
-}
 
 static bool solved(const struct gpu_scheme *s, uint32_t layer)
 {

@@ -12,20 +12,10 @@ bool gpu_scheme_observe(struct gpu_scheme *s, const struct gpu_observation *o)
     if ((o->k && !gpu_kernels_c.finite(o->k, g->dtype, keys)) || (o->q && !gpu_kernels_c.finite(o->q, g->dtype, queries)))
         return false; /* whoever uses them says so */
     bool first = scheme_sign_observe(s, o);
-    bool solved = scheme_learn_observe(s, o);
-    if (gpu_scheme_settled(s))
-        scheme_moments_free(s); /* 67 MB for 32 layers x 8 heads of 128 */
-    if (first || solved)
+    scheme_learn_observe(s, o);
+    if (first)
         scheme_changed(s);
-    return first || solved;
-}
-
-/* Without moments, the state came from somebody who had settled. */
-static bool settled_layer(const struct gpu_scheme *s, uint32_t layer)
-{
-    if (s->kind != PKV_SCHEME_CODE || !s->moments)
-        return s->learnt[layer];
-    return s->learnt[layer] && s->moments->ended[layer];
+    return first;
 }
 
 uint64_t gpu_scheme_version(const struct gpu_scheme *s)
@@ -36,9 +26,9 @@ uint64_t gpu_scheme_version(const struct gpu_scheme *s)
 bool gpu_scheme_settled(const struct gpu_scheme *s)
 {
     for (uint32_t l = 0; s->learnt && l < s->geom.layers; l++)
-        if (!settled_layer(s, l))
+        if (!s->learnt[l])
             return false;
-    return true;
+    return !s->moments;
 }
 
 /* ---- state: a head, then what each layer has learnt, then the arrays ---- */

@@ -74,10 +74,11 @@ static void attend(struct pkv *kv, struct pkv_seq *seq, int text, uint32_t first
         GOOD(kv, pkv_attend(&seq, &tokens, 1, l, queries[text] + (uint64_t)first * QUERY, &b, out, NULL, NULL));
 }
 
-static void calibrate(struct pkv *kv, struct pkv_seq *seq, int text)
+static void calibrate(struct pkv *kv, struct pkv_model *model, struct pkv_seq *seq, int text)
 {
     append(kv, seq, text, 0, TOKENS);
     attend(kv, seq, text, TOKENS - TAUGHT, TAUGHT);
+    GOOD(kv, pkv_model_settle(model));
 }
 
 struct selection {
@@ -123,7 +124,7 @@ static void test_kept(void **state)
     struct pkv_model *model = open_code(kv, "kept");
     struct pkv_seq *seq = create(kv, model, 0);
     assert_int_equal(state_of(seq), 0);
-    calibrate(kv, seq, 0);
+    calibrate(kv, model, seq, 0);
     assert_int_equal(state_of(seq), 1);
     struct selection first = selection(kv, seq, 0);
     struct pkv_seq *next = create(kv, model, 0);
@@ -146,7 +147,8 @@ static void test_before_the_first(void **state)
 {
     (void)state;
     struct pkv *kv = attach(&daemon_, 0), *other = attach(&daemon_, PKV_CONNECT_SERVED), *reader = attach(&daemon_, 0);
-    struct pkv_seq *seq = create(kv, open_code(kv, "before"), 0), *theirs = create(other, open_code(other, "before"), 0), *seen;
+    struct pkv_model *mine = open_code(kv, "before"), *their = open_code(other, "before");
+    struct pkv_seq *seq = create(kv, mine, 0), *theirs = create(other, their, 0), *seen;
     struct pkv *gone = attach(&daemon_, 0);
     struct pkv_seq *left = create(gone, open_code(gone, "before"), PKV_PERSISTENT), *child;
     uint64_t handle = pkv_seq_handle(left);
@@ -157,10 +159,11 @@ static void test_before_the_first(void **state)
     GOOD(reader, pkv_seq_open(open_code(reader, "before"), pkv_seq_handle(theirs), &seen));
     GOOD(reader, pkv_seq_fork(seen, 1024, 0, &child));
     (void)selection(reader, seen, 0); /* a guess, but rows that are there */
-    calibrate(kv, seq, 0);
+    calibrate(kv, mine, seq, 0);
     GOOD(kv, pkv_seq_truncate(seq, TOKENS / 64 * 64));
     struct selection want = selection(kv, seq, 0), got;
     assert_int_equal(state_of(theirs), 0);
+    GOOD(other, pkv_model_settle(their));
     got = selection(other, theirs, 0);
     assert_same(&want, &got);
     assert_int_equal(state_of(theirs), 1);
@@ -244,7 +247,7 @@ static void test_recalibration(void **state)
     struct pkv *kv = attach(&daemon_, 0), *reader = attach(&daemon_, 0), *served = attach(&daemon_, PKV_CONNECT_SERVED);
     struct pkv_model *model = open_code(kv, "drift");
     struct pkv_seq *old = create(kv, model, 0), *drifted, *child;
-    calibrate(kv, old, 0);
+    calibrate(kv, model, old, 0);
     assert_int_equal(state_of(old), 1);
     struct selection before = selection(kv, old, 0), after;
     /* The text changes; the error of new sequences rises until workers are asked to calibrate again, and do. */
@@ -338,7 +341,7 @@ static void test_death_while_signing(void **state)
         struct pkv *kv = attach(&daemon_, 0);
         struct pkv_model *model = open_code(kv, name);
         struct pkv_seq *mine = create(kv, model, 0);
-        calibrate(kv, mine, 0);
+        calibrate(kv, model, mine, 0);
         GOOD(kv, pkv_seq_truncate(mine, TOKENS / 64 * 64));
         assert_int_equal(write(down[1], "g", 1), 1);
         usleep(round * 4000);
@@ -387,12 +390,13 @@ static void test_leaving_while_calibrating(void **state)
 {
     (void)state;
     struct pkv *kv = attach(&daemon_, 0), *next = attach(&daemon_, 0);
-    struct pkv_seq *seq = create(kv, open_code(kv, "leaving"), 0), *theirs = create(next, open_code(next, "leaving"), 0);
+    struct pkv_model *their = open_code(next, "leaving");
+    struct pkv_seq *seq = create(kv, open_code(kv, "leaving"), 0), *theirs = create(next, their, 0);
     append(kv, seq, 0, 0, TOKENS);
     attend(kv, seq, 0, 0, 1000); /* not enough */
     pkv_close(kv);
     assert_int_equal(state_of(theirs), 0);
-    calibrate(next, theirs, 0);
+    calibrate(next, their, theirs, 0);
     assert_int_equal(state_of(theirs), 1);
     pkv_close(next);
 }

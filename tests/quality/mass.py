@@ -29,9 +29,14 @@ def through_service(kv, subject: Subject, kept: Reading, signature: Signature, n
     wishes = {k: signature.budget(k) for k in budgets(subject, len(kept.tokens))}
     found: dict[int, list] = {k: [] for k in wishes}
     model = subject.open_model(kv, signature, len(layers), f"mass-{name}")
+    learn, first = min(LEARN, len(kept.tokens)), positions(subject, len(kept.tokens))[0] + 1
     with model.sequence(subject.model.context) as sequence:
         for i, layer in enumerate(layers):
-            at = 0
+            fill(sequence, kept, layer, i, 0, learn, LEARN)
+        model.settle()
+        sequence.truncate(min(learn, first))
+        for i, layer in enumerate(layers):
+            at = min(learn, first)
             for position in positions(subject, len(kept.tokens)):
                 fill(sequence, kept, layer, i, at, position + 1, LEARN)
                 at = position + 1

@@ -18,9 +18,11 @@ def through_service(kv, subject: Subject, kept: Reading, signature: Signature, n
     budgets = {"full": pivotkv.Budget(dense=True)}
     budgets.update((str(k), signature.budget(k)) for k in BUDGETS)
     result = {}
-    with subject.open_model(kv, signature, subject.layers, f"perplexity-{name}").sequence(subject.model.context) as sequence:
+    model = subject.open_model(kv, signature, subject.layers, f"perplexity-{name}")
+    with model.sequence(subject.model.context) as sequence:
         for layer in range(subject.layers):
             fill(sequence, kept, layer, layer, 0, first, LEARN)
+        model.settle()
         for label, budget in budgets.items():
             cache, hidden = ServiceCache(sequence, budget), []
             for at in range(first, len(tokens), CHUNK):

@@ -68,6 +68,7 @@ class Exam:
         with model.sequence(max(subject.model.context, length + ROOM)) as sequence:
             for layer in range(subject.layers):
                 fill(sequence, self.reading, layer, layer, 0, length, LEARN)
+            model.settle()
             return {k: self.ask(ServiceCache(sequence, signature.budget(k))) for k in budgets}
 
 

@@ -55,6 +55,8 @@ static int learn(struct gpu_scheme *s, const struct safetensors *st, uint32_t pi
         if (!k || !q)
             return 1;
     }
+    if (s->kind == PKV_SCHEME_CODE && gpu_scheme_solve(s, true, NULL))
+        return 1;
     return gpu_scheme_settled(s) ? 0 : 1;
 }
 
@@ -91,8 +93,8 @@ int main(int argc, char **argv)
     int r = gpu_scheme_open(numbers[0], &geom, NULL, &s, digest);
     if (r)
         return r == -PKV_ERR_UNSUPPORTED ? 77 : 2; /* built without LAPACK */
-    gpu_scheme_rope(s, strtof(argv[6], NULL), geom.head_dim, numbers[4]);
-    r = learn(s, &st, numbers[3], numbers[2]);
+    r = numbers[0] == PKV_SCHEME_CODE ? gpu_scheme_gather(s, strtof(argv[6], NULL), geom.head_dim, numbers[4]) : 0;
+    r = r ? r : learn(s, &st, numbers[3], numbers[2]);
     if (!r)
         put(s);
     gpu_scheme_close(s);

@@ -7,7 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { LAYERS = 2, Q = 4, KV = 2, DIM = 64, BITS = 64, TOKENS = 4100, EARLY = 1024, SKIPPED = 16 };
+enum { LAYERS = 2, Q = 4, KV = 2, DIM = 64, BITS = 64, TOKENS = 4100, SKIPPED = 16 };
 
 static const struct pkv_geom geom = {
     .layers = LAYERS, .q_heads = Q, .kv_heads = KV, .head_dim = DIM, .dtype = PKV_F32, .sig_bits = BITS};
@@ -34,6 +34,14 @@ static struct gpu_scheme *open_scheme(uint32_t kind)
     return s;
 }
 
+/* A `code` that gathers. */
+static struct gpu_scheme *open_learner(float base)
+{
+    struct gpu_scheme *s = open_scheme(PKV_SCHEME_CODE);
+    assert_int_equal(gpu_scheme_gather(s, base, DIM, false), 0);
+    return s;
+}
+
 static void show_in(struct gpu_scheme *s, uint64_t context, uint32_t layer, uint64_t first, uint32_t tokens, const float *k,
                     const float *q)
 {
@@ -48,13 +56,17 @@ static void show(struct gpu_scheme *s, uint32_t layer, uint64_t first, uint32_t 
 
 static struct gpu_scheme *calibrated(const float *k, const float *q)
 {
-    struct gpu_scheme *s = open_scheme(PKV_SCHEME_CODE);
+    struct gpu_scheme *s = open_learner(0);
     for (uint32_t l = 0; l < LAYERS; l++) {
         show(s, l, 0, TOKENS, k, NULL);
-        assert_false(gpu_scheme_settled(s));
+        assert_false(gpu_scheme_gathered(s, l, 1));
         show(s, l, 0, TOKENS, NULL, q);
+        assert_true(gpu_scheme_gathered(s, l, GPU_LEARN_TOKENS));
+        assert_int_not_equal(s->learnt[l], SCHEME_SOLVED);
     }
-    assert_true(gpu_scheme_settled(s));
+    assert_false(gpu_scheme_settled(s));
+    assert_int_equal(gpu_scheme_solve(s, true, NULL), 0);
+    assert_true(gpu_scheme_settled(s) && !s->moments); /* they are large, and nothing needs them any more */
     return s;
 }
 
@@ -152,24 +164,44 @@ static void test_sign_meanwhile(void **state)
     free(k);
 }
 
-/* The first solution comes early, the last at 4096 tokens, and both say that what was signed must be signed again. */
+static void assert_same_state(const struct gpu_scheme *x, const struct gpu_scheme *y)
+{
+    uint64_t bytes = gpu_scheme_state_bytes(x);
+    char *a = malloc(bytes), *b = malloc(bytes);
+    assert_non_null(a), assert_non_null(b);
+    gpu_scheme_state_export(x, a), gpu_scheme_state_export(y, b);
+    assert_memory_equal(a, b, bytes);
+    free(a), free(b);
+}
+
+/* What each layer had gathered when it was copied is solved, whatever has come since; nothing is gathered beyond the end. */
 static void test_early(void **state)
 {
     (void)state;
     float *k = vectors(9, (uint64_t)TOKENS * KV, 0.95f), *q = vectors(10, (uint64_t)TOKENS * Q, 0.9f);
-    struct gpu_scheme *s = open_scheme(PKV_SCHEME_CODE);
-    struct gpu_observation o = {.tokens = 1, .context = 32768};
-    uint32_t changes[2] = {0}, n = 0;
-    for (uint32_t t = 0; t < TOKENS; t++) {
-        o.first_token = t, o.k = k + (uint64_t)t * KV * DIM, o.q = q + (uint64_t)t * Q * DIM;
-        if (gpu_scheme_observe(s, &o) && s->learnt[0] == SCHEME_SOLVED && n < 2)
-            changes[n++] = t + 1;
+    struct gpu_scheme *whole = open_learner(1e5f), *early = open_learner(1e5f), *alone = open_learner(1e5f);
+    struct gpu_scheme *end = open_learner(1e5f);
+    for (uint32_t l = 0; l < LAYERS; l++) {
+        show(whole, l, 0, 900, k, q);
+        assert_false(gpu_scheme_gathered(whole, l, GPU_LEARN_EARLY));
+        show(whole, l, 900, 124, k + 900 * KV * DIM, q + 900 * Q * DIM);
+        assert_true(gpu_scheme_gathered(whole, l, GPU_LEARN_EARLY));
+        gpu_scheme_gathered_copy(whole, l, early);
+        for (uint32_t at = 1024; at < TOKENS; at += 128)
+            show(whole, l, at, PKV_MIN(128u, TOKENS - at), k + (uint64_t)at * KV * DIM, q + (uint64_t)at * Q * DIM);
+        show(alone, l, 0, 900, k, q), show(alone, l, 900, 124, k + 900 * KV * DIM, q + 900 * Q * DIM);
+        show(end, l, 0, 900, k, q), show(end, l, 900, 124, k + 900 * KV * DIM, q + 900 * Q * DIM);
+        for (uint32_t at = 1024; at < 4096; at += 128)
+            show(end, l, at, 128, k + (uint64_t)at * KV * DIM, q + (uint64_t)at * Q * DIM);
     }
-    assert_int_equal(n, 2);
-    assert_int_equal(changes[0], EARLY);
-    assert_int_equal(changes[1], 4096);
-    assert_true(s->moments->ended[0]);
-    gpu_scheme_close(s);
+    assert_int_equal(whole->moments->k_tokens[0], 4080);
+    struct gpu_scheme *all[] = {whole, early, alone, end};
+    for (int i = 0; i < 4; i++)
+        assert_int_equal(gpu_scheme_solve(all[i], true, NULL), 0);
+    assert_same_state(early, alone), assert_same_state(whole, end);
+    assert_memory_not_equal(early->k[0].weight, whole->k[0].weight, sizeof(float) * DIM * DIM);
+    for (int i = 0; i < 4; i++)
+        gpu_scheme_close(all[i]);
     free(k), free(q);
 }
 
@@ -190,8 +222,9 @@ static void test_few_bits(void **state)
     uint8_t digest[PKV_DIGEST_BYTES];
     if (gpu_scheme_open(PKV_SCHEME_CODE, &wide, NULL, &s, digest) == -PKV_ERR_UNSUPPORTED)
         skip();
+    assert_int_equal(gpu_scheme_gather(s, 0, WIDE, false), 0);
     show(s, 0, 0, TOKENS, k, NULL), show(s, 0, 0, TOKENS, NULL, q);
-    assert_int_equal(s->learnt[0], SCHEME_SOLVED);
+    assert_int_equal(gpu_scheme_solve(s, true, NULL), 0);
     double rare = 0, all = 0;
     for (uint32_t i = 0; i < WIDE; i++)
         for (uint32_t d = 0; d < WIDE; d++) {
@@ -226,8 +259,7 @@ static double moment_distance(const float *x, uint64_t first, uint64_t other, fl
     double difference = 0, size = 0;
     for (int i = 0; i < 2; i++) {
         float *k = with_rope(x, i ? other : first, SEEN, KV);
-        s[i] = open_scheme(PKV_SCHEME_CODE);
-        gpu_scheme_rope(s[i], base, DIM, false);
+        s[i] = open_learner(base);
         show(s[i], 0, i ? other : first, SEEN, k, NULL);
         free(k);
     }
@@ -263,10 +295,9 @@ static void test_growth(void **state)
     for (uint32_t i = 0; i < TOKENS * Q; i++)
         y[i * DIM + SLOW] += 16;
     float *k = with_rope(x, 0, TOKENS, KV), *q = with_rope(y, 0, TOKENS, Q);
-    struct gpu_scheme *s = open_scheme(PKV_SCHEME_CODE);
-    gpu_scheme_rope(s, 1e5f, DIM, false);
-    show_in(s, 4096, 0, 0, TOKENS, k, q);
-    assert_int_equal(s->learnt[0], SCHEME_SOLVED);
+    struct gpu_scheme *s = open_learner(1e5f);
+    show_in(s, 4096, 0, 0, TOKENS, k, q), show_in(s, 4096, 1, 0, TOKENS, k, q);
+    assert_int_equal(gpu_scheme_solve(s, true, NULL), 0);
     float *far_k = calloc((uint64_t)TOKENS * KV * DIM, sizeof(float)), *far_q = with_rope(y, 16384, 20, Q);
     assert_non_null(far_k);
     for (uint32_t t = 0; t < 1100; t++) { /* spread over the long context */
@@ -310,78 +341,74 @@ static void test_state(void **state)
     free(k), free(q), free(good), free(bad);
 }
 
-/* Gathered now and solved later gives what solving at once gives. */
-static void test_deferred(void **state)
-{
-    (void)state;
-    float *k = vectors(9, (uint64_t)TOKENS * KV, 0.95f), *q = vectors(10, (uint64_t)TOKENS * Q, 0.9f);
-    struct gpu_scheme *now = calibrated(k, q), *later = open_scheme(PKV_SCHEME_CODE);
-    assert_null(now->moments); /* they are large, and nothing needs them any more */
-    gpu_scheme_defer(later);
-    for (uint32_t l = 0; l < LAYERS; l++) {
-        assert_false(gpu_scheme_gathered(later));
-        show(later, l, 0, TOKENS, k, NULL);
-        show(later, l, 0, TOKENS, NULL, q);
-        assert_int_not_equal(later->learnt[l], SCHEME_SOLVED);
-    }
-    assert_true(gpu_scheme_gathered(later) && !gpu_scheme_settled(later));
-    assert_int_equal(gpu_scheme_solve(later), 0);
-    assert_true(gpu_scheme_settled(later) && !later->moments);
-    uint64_t bytes = gpu_scheme_state_bytes(now);
-    char *a = malloc(bytes), *b = malloc(bytes);
-    assert_non_null(a), assert_non_null(b);
-    gpu_scheme_state_export(now, a), gpu_scheme_state_export(later, b);
-    assert_memory_equal(a, b, bytes);
-    gpu_scheme_close(now), gpu_scheme_close(later);
-    /* Nothing can be solved from zeros, and from too little. */
-    memset(k, 0, (uint64_t)TOKENS * KV * DIM * sizeof(*k)), memset(q, 0, (uint64_t)TOKENS * Q * DIM * sizeof(*q));
-    for (uint32_t tokens = 100; tokens <= TOKENS; tokens += TOKENS - 100) {
-        later = open_scheme(PKV_SCHEME_CODE);
-        gpu_scheme_defer(later);
-        for (uint32_t l = 0; l < LAYERS; l++)
-            show(later, l, 0, tokens, k, q);
-        assert_int_equal(gpu_scheme_solve(later), -PKV_ERR_NOT_FINITE);
-        gpu_scheme_close(later);
-    }
-    free(a), free(b), free(k), free(q);
-}
-
-/* Numbers that nothing can be solved from: not finite is not taken in, all the same gives the layer to `sign`. */
+/* Numbers that nothing can be solved from: what is not finite is not taken in; zeros, or too few tokens, cannot be solved. */
 static void test_nothing_to_solve(void **state)
 {
     (void)state;
     float *zero = calloc((uint64_t)TOKENS * Q * DIM, sizeof(*zero));
-    struct gpu_scheme *s = open_scheme(PKV_SCHEME_CODE);
     assert_non_null(zero);
-    zero[5] = NAN;
-    show(s, 0, 0, TOKENS, zero, zero);
-    assert_int_equal(s->moments->k_tokens[0], 0);
-    zero[5] = 0;
-    for (uint32_t l = 0; l < LAYERS; l++)
-        show(s, l, 0, TOKENS, zero, zero);
-    assert_true(!s->moments && s->learnt[0] == 1 && s->learnt[1] == 1);
-    assert_true(gpu_scheme_settled(s));
-    /* Whoever takes that state over has settled too. */
-    struct gpu_scheme *other = open_scheme(PKV_SCHEME_CODE);
-    uint64_t bytes = gpu_scheme_state_bytes(s);
-    void *kept = malloc(bytes);
-    assert_non_null(kept);
-    gpu_scheme_state_export(s, kept);
-    assert_int_equal(gpu_scheme_state_import(other, kept, bytes), 0);
-    assert_true(gpu_scheme_settled(other));
-    gpu_scheme_close(s), gpu_scheme_close(other);
-    free(kept);
+    for (uint32_t tokens = 1000; tokens <= TOKENS; tokens += TOKENS - 1000) {
+        struct gpu_scheme *s = open_learner(0);
+        zero[5] = NAN;
+        show(s, 0, 0, tokens, zero, zero);
+        assert_int_equal(s->moments->k_tokens[0], 0);
+        zero[5] = 0;
+        for (uint32_t l = 0; l < LAYERS; l++)
+            show(s, l, 0, tokens, zero, zero);
+        assert_int_equal(gpu_scheme_solve(s, false, NULL), -PKV_ERR_NOT_FINITE);
+        assert_true(!s->moments && s->learnt[0] == 1);
+        gpu_scheme_close(s);
+    }
+    struct gpu_scheme *sign = open_scheme(PKV_SCHEME_SIGN);
+    assert_int_equal(gpu_scheme_gather(sign, 0, DIM, false), -PKV_ERR_UNSUPPORTED);
+    gpu_scheme_close(sign);
     free(zero);
+}
+
+/* One layer that cannot be solved is left to `sign`, unless all must be; whoever takes that state over has settled too. */
+static void test_one_layer_cannot(void **state)
+{
+    (void)state;
+    float *k = vectors(9, (uint64_t)TOKENS * KV, 0.95f), *q = vectors(10, (uint64_t)TOKENS * Q, 0.9f);
+    float *zero = calloc((uint64_t)TOKENS * Q * DIM, sizeof(*zero));
+    assert_non_null(zero);
+    for (int all = 0; all < 2; all++) {
+        struct gpu_scheme *s = open_learner(0), *other = open_scheme(PKV_SCHEME_CODE);
+        show(s, 0, 0, TOKENS, k, q), show(s, 1, 0, TOKENS, k, zero);
+        assert_int_equal(gpu_scheme_solve(s, all, NULL), all ? -PKV_ERR_NOT_FINITE : 0);
+        assert_true(s->learnt[0] == SCHEME_SOLVED && s->learnt[1] == 1);
+        uint64_t bytes = gpu_scheme_state_bytes(s);
+        void *kept = malloc(bytes);
+        assert_non_null(kept);
+        gpu_scheme_state_export(s, kept);
+        assert_int_equal(gpu_scheme_state_import(other, kept, bytes), 0);
+        assert_true(gpu_scheme_settled(other));
+        assert_sign_alike(s, other, k);
+        gpu_scheme_close(s), gpu_scheme_close(other);
+        free(kept);
+    }
+    bool stop = true;
+    struct gpu_scheme *s = open_learner(0);
+    show(s, 0, 0, TOKENS, k, q), show(s, 1, 0, TOKENS, k, q);
+    assert_int_equal(gpu_scheme_solve(s, true, &stop), -PKV_ERR_BUSY);
+    assert_true(!s->moments && s->learnt[0] == 1);
+    gpu_scheme_close(s);
+    free(k), free(q), free(zero);
 }
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_maps),           cmocka_unit_test(test_better_than_sign),
-        cmocka_unit_test(test_sign_meanwhile), cmocka_unit_test(test_positions),
-        cmocka_unit_test(test_state),          cmocka_unit_test(test_nothing_to_solve),
-        cmocka_unit_test(test_deferred),       cmocka_unit_test(test_early),
-        cmocka_unit_test(test_growth),         cmocka_unit_test(test_few_bits),
+        cmocka_unit_test(test_maps),
+        cmocka_unit_test(test_better_than_sign),
+        cmocka_unit_test(test_sign_meanwhile),
+        cmocka_unit_test(test_positions),
+        cmocka_unit_test(test_state),
+        cmocka_unit_test(test_nothing_to_solve),
+        cmocka_unit_test(test_one_layer_cannot),
+        cmocka_unit_test(test_early),
+        cmocka_unit_test(test_growth),
+        cmocka_unit_test(test_few_bits),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

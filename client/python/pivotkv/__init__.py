@@ -193,6 +193,11 @@ class Model(_Handle):
             self.connection.check(_lib.pkv_model_close(self._pointer))
         self._pointer = None
 
+    def settle(self) -> None:
+        """Waits until the calibration that this connection's calls have fed is in use. Without it that happens beside the
+        calls, whenever it is solved: results then depend on the machine's speed."""
+        self.connection.check(_lib.pkv_model_settle(self._live()))
+
     def sequence(self, max_tokens: int, *, persistent: bool = False, label: str | None = None) -> Sequence:
         pointer = c.c_void_p()
         self.connection.check(_lib.pkv_seq_create(self._live(), max_tokens, int(persistent), _text(label),

@@ -44,6 +44,7 @@ _PROTOTYPES = {
     "pkv_ping": (c.c_int, [VOID, c.POINTER(U64)]),
     "pkv_version": (c.c_char_p, []),
     "pkv_model_open": (c.c_int, [VOID, c.POINTER(ModelDesc), c.POINTER(VOID)]),
+    "pkv_model_settle": (c.c_int, [VOID]),
     "pkv_model_close": (c.c_int, [VOID]),
     "pkv_seq_create": (c.c_int, [VOID, U32, U32, c.c_char_p, c.POINTER(VOID)]),
     "pkv_seq_open": (c.c_int, [VOID, U64, c.POINTER(VOID)]),

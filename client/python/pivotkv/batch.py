@@ -21,6 +21,7 @@ from . import Budget, Error, Model, Sequence
 from .steps import Steps
 
 QUERIES_MAX, SEQUENCES_MAX = 4096, 256  # of one attend: PKV_QUERIES_MAX, PKV_BATCH_MAX
+TEACHES = 16  # tokens of a call that calibrates a model
 
 
 @dataclass
@@ -100,6 +101,7 @@ class Batch:
         self._pass: _Pass | None = None
         self._broken: Error | None = None
         self._steps: Steps | None = None  # open over the sequences as they are
+        self._taught = False  # what was read may be calibrating the model
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -151,6 +153,9 @@ class Batch:
         counts = self._pass.counts
         try:
             self._settle()
+            if self._taught and not budget.dense:  # what is selected must not depend on how fast that is
+                self.model.settle()
+                self._taught = False
             out = step(self.model, self.sequences, counts, layer, k, v, q, budget, self.tally)
         except BaseException:
             self._pass.layers.add(layer)
@@ -183,6 +188,7 @@ class Batch:
         if len(self._pass.layers) < self.model.layers:
             return False
         self.tokens = [had + count for had, count in zip(self.tokens, self._pass.counts)]
+        self._taught |= max(self._pass.counts, default=0) >= TEACHES
         self._pass = None
         return True
 

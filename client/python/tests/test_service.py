@@ -124,6 +124,7 @@ class ServiceTest(unittest.TestCase):
                 for at in range(0, count, 224):
                     sequence.append(0, k[at: at + 224], v[at: at + 224])
                     sequence.attend(0, q[at: at + 224], wish)
+                model.settle()
                 missed[scheme] = 1 - sequence.audit(0, q[-1:], wish).mass
             self.assertLess(missed["code"], 0.6 * missed["sign"])
             mine = sequence.select(0, q[-1:], wish)
