@@ -78,6 +78,7 @@ void block_install(struct core *core, uint32_t seq, uint32_t id)
     struct seq *s = &core->seqs[seq];
     assert(*seq_block(s, b->layer, b->index) == NONE && !b->dying);
     *seq_block(s, b->layer, b->index) = id;
+    core->news++; /* blocks before it are no longer the last */
     b->holders++;
     b->seq = seq;
     struct pkv_block_ref *entry = seq_entry(s, b->layer, b->index);
@@ -103,6 +104,7 @@ void block_leave(struct core *core, uint32_t seq, uint32_t layer, uint32_t index
     struct block *b = &core->blocks[id];
     assert(b->state != BLOCK_FREE && b->holders && !b->dying);
     *seq_block(s, layer, index) = NONE;
+    core->news++;
     publish(&seq_entry(s, layer, index)->rows, 0);
     publish(&seq_entry(s, layer, index)->signatures, 0);
     publish_change(s);
@@ -121,6 +123,7 @@ void block_retire(struct core *core, uint32_t id)
     b->dying = dying;
     if (dying)
         return;
+    core->home_in_pool -= b->state == BLOCK_HOME && b->rows;
     if (b->rows)
         place_retire(core, b->rows);
     place_retire(core, b->signatures);
@@ -151,6 +154,7 @@ static void copied_home(struct core *core, uint32_t id, bool ok, uint64_t checks
     b->going_home = false;
     if (ok) {
         set_state(core, b, BLOCK_HOME);
+        core->home_in_pool++;
         b->checksum = checksum;
         core->totals.blocks_home++;
     } else {
@@ -165,6 +169,7 @@ static void copied_home(struct core *core, uint32_t id, bool ok, uint64_t checks
 void block_unpin(struct core *core, uint32_t id)
 {
     assert(core->blocks[id].pins);
+    core->news++;
     if (--core->blocks[id].pins == 0 && core->blocks[id].dying)
         block_retire(core, id);
 }
@@ -199,6 +204,7 @@ static void copied_tail(struct core *core, uint32_t id, bool ok)
 void core_copied(struct core *core, uint32_t copy, bool ok, uint64_t checksum)
 {
     assert(copy / COPY_KINDS < core->block_count);
+    core->news++;
     if (copy % COPY_KINDS == COPY_HOME)
         copied_home(core, copy / COPY_KINDS, ok, checksum);
     else

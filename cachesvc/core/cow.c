@@ -184,7 +184,7 @@ bool core_seq_fork(struct core *core, uint64_t now_ns, uint32_t worker, uint32_t
         return true;
     struct seq *child = &core->seqs[index];
     seq_publish_state(child, parent->state); /* it shares the parent's signatures */
-    child->device = parent->device; /* where the shared blocks are */
+    child->device = parent->device;          /* where the shared blocks are */
     for (uint32_t l = 0; l < child->layers; l++) {
         for (uint32_t i = 0; i < whole; i++)
             block_install(core, index, *seq_block(parent, l, i));

@@ -96,7 +96,9 @@ static enum pkv_err retry(struct core *core, const struct waiting *w)
 void core_quiesce(struct core *core, uint64_t now_ns, uint64_t epoch)
 {
     places_quiesce(core, epoch);
-    for (uint32_t i = 0; i < core->waiting_count;) {
+    bool news = core->news != core->news_tried; /* else all would look through all blocks, and find as little as before */
+    core->news_tried = core->news;
+    for (uint32_t i = 0; news && i < core->waiting_count;) {
         struct waiting w = core->waiting[i];
         enum pkv_err e = retry(core, &w);
         if (waiting_helps(core, e)) {

@@ -155,13 +155,16 @@ static const char *check_chunks(const struct core *core, uint64_t owned)
 static const char *check_blocks(const struct core *core, const uint32_t *seen)
 {
     uint64_t owned = 0;
-    uint32_t by_state[BLOCK_STATES] = {0};
+    uint32_t by_state[BLOCK_STATES] = {0}, home_in_pool = 0;
     for (uint32_t b = 0; b < core->block_count; b++) {
         const char *wrong = check_block(core, b, seen[b], &owned);
         if (wrong)
             return wrong;
         by_state[core->blocks[b].state]++;
+        home_in_pool += core->blocks[b].state == BLOCK_HOME && core->blocks[b].rows;
     }
+    if (home_in_pool != core->home_in_pool)
+        return "the count of blocks that can leave the pool is wrong";
     if (memcmp(by_state, core->by_state, sizeof(by_state)))
         return "the counts of blocks by state do not add up";
     return check_chunks(core, owned);

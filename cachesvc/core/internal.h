@@ -10,6 +10,7 @@
 
 #define NONE        UINT32_MAX
 #define PENDING_MAX 256u
+#define HINTS       8u /* where the last slot was: slots of one size lie in other chunks than those of another */
 
 enum block_state { BLOCK_FREE, BLOCK_GRANTED, BLOCK_SEALED, BLOCK_HOME, BLOCK_STATES };
 
@@ -86,10 +87,11 @@ struct core {
     struct core_config config;
     struct core_hooks hooks;
     struct chunk *chunks[PKV_TIERS];
-    uint32_t chunk_count[PKV_TIERS], chunk_hint[PKV_TIERS];
+    uint32_t chunk_count[PKV_TIERS], chunk_hint[PKV_TIERS][HINTS];
     struct block *blocks;
     uint32_t block_count, block_room, block_free, clock_hand;
     uint32_t by_state[BLOCK_STATES], dying;
+    uint32_t home_in_pool; /* blocks at home that have rows in the pool: only they can leave it */
     struct seq seqs[PKV_SEQS_MAX];
     uint32_t seq_end;     /* no live sequence from here on */
     uint32_t device_next; /* of a worker without one */
@@ -103,6 +105,7 @@ struct core {
     uint64_t epoch;
     struct waiting waiting[PENDING_MAX]; /* first come first */
     uint32_t waiting_count;
+    uint64_t news, news_tried; /* what may make room has happened so often; and had, when those that wait were tried last */
     struct core_action *actions;
     uint64_t action_head, action_count, action_room;
     struct core_stats totals; /* the counters since the start */

@@ -83,12 +83,12 @@ uint64_t place_take(struct core *core, const struct place_kind *k, uint32_t bloc
 {
     uint32_t count = core->chunk_count[k->tier];
     struct chunk *chunks = core->chunks[k->tier];
+    uint32_t *hint = &core->chunk_hint[k->tier][k->slot_bytes / 512 % HINTS];
     /* From the chunk that had room last: chunks before it are mostly full. */
-    for (uint32_t n = 0; n < count; n++) {
-        uint32_t i = (core->chunk_hint[k->tier] + n) % count;
+    for (uint32_t n = 0, i = *hint < count ? *hint : 0; n < count; n++, i = i + 1 < count ? i + 1 : 0) {
         if (chunks[i].free_head == NONE || !place_chunk_fits(core, k, i))
             continue;
-        core->chunk_hint[k->tier] = i;
+        *hint = i;
         return slot_take(&chunks[i], k->tier, i, block);
     }
     for (uint32_t i = 0; i < count; i++)
@@ -113,7 +113,7 @@ void place_retire(struct core *core, uint64_t place)
         core->retired = realloc(core->retired, core->retired_room * sizeof(*core->retired));
         assert(core->retired);
     }
-    core->epoch++;
+    core->epoch++, core->news++;
     core->retired[core->retired_head + core->retired_count++] = (struct retired){place, core->epoch};
 }
 
@@ -123,7 +123,7 @@ static void slot_free(struct core *core, uint64_t place)
     uint32_t slot = pkv_place_slot(place);
     c->owner[slot] = NONE;
     c->next[slot] = c->free_head;
-    c->free_head = slot;
+    c->free_head = slot, core->news++;
     if (!c->used && !c->retired)
         chunk_release(c);
 }

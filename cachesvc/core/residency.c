@@ -71,6 +71,7 @@ static void block_drop(struct core *core, uint32_t id)
             show_home(&core->seqs[i], b);
     place_retire(core, b->rows);
     b->rows = 0;
+    core->home_in_pool--;
     core->totals.blocks_dropped++;
 }
 
@@ -87,7 +88,7 @@ static bool coming_back(const struct core *core, const struct place_kind *k)
 
 void make_room(struct core *core, const struct place_kind *k)
 {
-    if (coming_back(core, k))
+    if (!core->home_in_pool || coming_back(core, k))
         return;
     uint32_t dropped = 0, id;
     while (dropped < DROP_AT_ONCE && (id = choose_block(core, k)) != NONE) {

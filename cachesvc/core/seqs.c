@@ -255,5 +255,6 @@ void core_worker_leave(struct core *core, uint32_t worker)
     for (uint32_t tier = PKV_TIER_POOL; tier < PKV_TIERS; tier++)
         for (uint32_t c = 0; c < core->chunk_count[tier]; c++)
             core->chunks[tier][c].mapped &= ~(1ull << worker);
+    core->news++; /* chunks that only it held back */
     core->workers[worker].live = false;
 }
