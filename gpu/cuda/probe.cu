@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(THREADS) probe_kernel(const __grid_constant__ 
     uint32_t i = (blockIdx.x * THREADS + threadIdx.x) / WARP, lane = threadIdx.x % WARP;
     if (i >= p.rows)
         return;
-    uint64_t part = p.span / PKV_DIV_UP(p.rows, p.run), free = part / p.row_bytes - p.run;
+    uint64_t part = p.span / PKV_DIV_UP(p.rows, p.run) / p.row_bytes * p.row_bytes, free = part / p.row_bytes - p.run;
     uint64_t first = (uint64_t)__umulhi(mixed(i / p.run + p.seed), (uint32_t)free);
     const char *row = (const char *)p.from + i / p.run * part + (first + i % p.run) * p.row_bytes;
     uint32_t sum = 0;
