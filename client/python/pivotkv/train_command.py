@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 
 from . import command, train
-from .hash_unit import Options
+from .hash_unit import LOSSES, Options
 from .recording import load
 
 _DEFAULTS = Options()
@@ -34,7 +34,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--steps", type=command.positive, default=_DEFAULTS.steps)
     p.add_argument("--chunk", type=command.positive, default=_DEFAULTS.chunk, help="queries of a step (%(default)s)")
     p.add_argument("--labels", type=command.positive, default=_DEFAULTS.labels, help="positives of a query (%(default)s)")
-    p.add_argument("--positive-weight", type=float, default=_DEFAULTS.positive_weight, help="in the loss (%(default)s)")
+    p.add_argument("--loss", choices=sorted(LOSSES), default=_DEFAULTS.loss,
+                   help="softmax: a positive among all keys; bce: each key by itself, the paper's (%(default)s)")
+    p.add_argument("--positive-weight", type=float, default=_DEFAULTS.positive_weight, help="of bce (%(default)s)")
+    p.add_argument("--consecutive", action="store_true", help="a step's queries follow each other, as the paper's; default: "
+                   "drawn from the whole of a text")
     p.add_argument("--rate", type=float, default=_DEFAULTS.rate, help="Adam's (%(default)s)")
     p.add_argument("--constant-rate", action="store_true", help="the paper's; default: falls to zero along a cosine")
     p.add_argument("--negatives", type=int, default=_DEFAULTS.negatives,
@@ -53,7 +57,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def plan_of(o: argparse.Namespace) -> train.Plan:
-    settings = {"steps": o.steps, "chunk": o.chunk, "labels": o.labels, "positive_weight": o.positive_weight, "rate": o.rate,
+    settings = {"steps": o.steps, "chunk": o.chunk, "labels": o.labels, "loss": o.loss,
+                "positive_weight": o.positive_weight, "consecutive": o.consecutive, "rate": o.rate,
                 "cosine": not o.constant_rate, "negatives": o.negatives, "centre": o.centre,
                 "sinks": o.sinks, "recent": o.recent, "seed": o.seed}
     if o.bits:

@@ -1,5 +1,6 @@
 """Training: gradients against differences, what is learnt, checkpoints, resume, and bytes that repeat."""
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -38,22 +39,22 @@ def write_recording(path, seed=1, tokens=600, layers=(3, 9), q_heads=4, kv_heads
 class GradientTest(unittest.TestCase):
     def test_against_differences(self):
         random = np.random.default_rng(0)
-        options = Options(**QUICK)
         text = Text(vectors(random, 2, 400, 64), vectors(random, 400, 64))
-        for hidden in ((), (16, 16)):
+        for hidden, loss in itertools.product(((), (16, 16)), hash_unit.LOSSES):
+            options = Options(**QUICK, loss=loss)
             widths = [64, *hidden, 8]
             unit = hash_unit.Unit(mlp.MLP.fresh(widths, random), [mlp.MLP.fresh(widths, random) for _ in range(2)])
             for net in (unit.k, *unit.q):  # float64, so that differences mean something
                 net.weights = [w.astype(np.float64) for w in net.weights]
                 net.biases = [b.astype(np.float64) for b in net.biases]
-            batch = hash_unit._draw([text], options, random)
-            _, d_k, d_q = hash_unit._step(unit, batch)
+            batch = hash_unit._draw([hash_unit.labelled(text, options)], options, random)
+            _, d_k, d_q = hash_unit._step(unit, batch, options)
             for parameter, gradient in [*zip(unit.k.parameters(), d_k), *zip(unit.q[batch.head].parameters(), d_q)]:
                 at = tuple(random.integers(n) for n in parameter.shape)
                 losses = []
                 for change in (1e-5, -2e-5):
                     parameter[at] += change
-                    losses.append(hash_unit._step(unit, batch)[0])
+                    losses.append(hash_unit._step(unit, batch, options)[0])
                 parameter[at] += 1e-5
                 self.assertAlmostEqual((losses[0] - losses[1]) / 2e-5, gradient[at], delta=1e-6 + 1e-4 * abs(gradient[at]))
 
@@ -62,25 +63,32 @@ class GradientTest(unittest.TestCase):
         text = Text(vectors(random, 1, 900, 64), vectors(random, 900, 64))
         unit = hash_unit.Unit(mlp.MLP.fresh([64, 16, 8], random), [mlp.MLP.fresh([64, 16, 8], random)])
 
-        def loss(negatives, seed):
-            drawn = hash_unit._draw([text], Options(**{**QUICK, "negatives": negatives}), np.random.default_rng(seed))
-            return hash_unit._step(unit, drawn)[0]
+        def loss(kind, negatives, seed):
+            options = Options(**{**QUICK, "negatives": negatives, "loss": kind})
+            drawn = hash_unit._draw([hash_unit.labelled(text, options)], options, np.random.default_rng(seed))
+            return hash_unit._step(unit, drawn, options)[0]
 
-        full = [loss(0, seed) for seed in range(40)]
-        thin = [loss(64, seed) for seed in range(40)]
-        self.assertLess(abs(np.mean(full) - np.mean(thin)), 3 * np.std(np.subtract(full, thin)) / np.sqrt(40) + 1e-4)
+        # softmax has the logarithm of an estimated sum, which is a little below the sum's: half its relative variance.
+        for kind, slack in (("bce", 1e-4), ("softmax", 1e-2)):
+            full = [loss(kind, 0, seed) for seed in range(40)]
+            thin = [loss(kind, 64, seed) for seed in range(40)]
+            apart = abs(np.mean(full) - np.mean(thin))
+            self.assertLess(apart, 3 * np.std(np.subtract(full, thin)) / np.sqrt(40) + slack)
 
     def test_labels_are_the_best_visible_keys(self):
         random = np.random.default_rng(4)
         text = Text(vectors(random, 1, 500, 64), vectors(random, 500, 64))
-        options = Options(**{**QUICK, "negatives": 0})
-        batch = hash_unit._draw([text], options, random)
-        first = int(np.flatnonzero((text.q[0] == batch.queries[0]).all(axis=1))[0])
-        for i in range(options.chunk):
-            sees = np.arange(options.sinks, first + i + 1 - options.recent)
-            want = sees[np.argsort(-(text.k[sees] @ batch.queries[i]))[: options.labels]]
-            np.testing.assert_array_equal(np.flatnonzero(batch.labels[i]) + options.sinks, np.sort(want))
-            np.testing.assert_array_equal(np.flatnonzero(batch.weights[i]) + options.sinks, sees)
+        for consecutive in (False, True):
+            options = Options(**{**QUICK, "negatives": 0, "consecutive": consecutive})
+            batch = hash_unit._draw([hash_unit.labelled(text, options)], options, random)
+            positions = [int(np.flatnonzero((text.q[0] == query).all(axis=1))[0]) for query in batch.queries]
+            self.assertEqual(len(set(positions)), options.chunk)
+            self.assertEqual(positions[-1] - positions[0] == options.chunk - 1, consecutive)
+            for i, position in enumerate(positions):
+                sees = np.arange(options.sinks, position + 1 - options.recent)
+                want = sees[np.argsort(-(text.k[sees] @ batch.queries[i]))[: options.labels]]
+                np.testing.assert_array_equal(np.flatnonzero(batch.labels[i]) + options.sinks, np.sort(want))
+                np.testing.assert_array_equal(np.flatnonzero(batch.weights[i]) + options.sinks, sees)
 
 
 class TrainTest(unittest.TestCase):
