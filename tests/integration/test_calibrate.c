@@ -262,7 +262,8 @@ static void turn_by_slices(const char *name, uint32_t flags)
         assert_true(same(&now, &want) || (same(&now, &old) && !turned));
     }
     print_message("# %s: %d x 2 calls of a slice, %d of them with the new signatures\n", name, slices, news);
-    assert_in_range(slices, LAYERS * TOKENS / SLICE / 2 - 1, 20);
+    assert_in_range(slices, getenv("PIVOTKV_TEST_BACKEND") ? 0 : LAYERS * TOKENS / SLICE / 2 - 1,
+                    20); /* a device: a layer a call */
     now = selection(&w, child);
     assert_true(same(&now, &want) && state_of(child) == 1);
     pkv_close(w.kv);

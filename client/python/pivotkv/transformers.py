@@ -168,7 +168,7 @@ class Cache(transformers.Cache):
     prefill        what the tokens of a longer forward attend; default: everything, exactly. `prefill=budget`: sparse as well
     decode_tokens  a forward of at most so many new tokens (one, or a few that verify a draft) decodes, if the cache has a past
     max_tokens     of a sequence; default: the model's max_position_embeddings
-    name           identity of the weights; default: their digest
+    name           identity of the weights; default: a digest of them, of the RoPE and of the scheme
     scheme, bits   of the signatures, as in Connection.model
     stream         whether steps of one token a row run in torch's stream without a copy; default: where daemon and model are on
                    the only GPU that torch sees (of several, it must be the connection's). At most 256 rows; not in the tally
@@ -182,9 +182,10 @@ class Cache(transformers.Cache):
         _refuse(model, config)
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        served = kv.model(name or _digest(model), layers=config.num_hidden_layers, q_heads=heads,
+        rope = rope_of(config, head_dim)
+        served = kv.model(name or _digest(model, rope, scheme, bits, weights), layers=config.num_hidden_layers, q_heads=heads,
                           kv_heads=getattr(config, "num_key_value_heads", None) or heads, head_dim=head_dim,
-                          dtype=DTYPES[model.dtype], rope=rope_of(config, head_dim), scheme=scheme, bits=bits, weights=weights)
+                          dtype=DTYPES[model.dtype], rope=rope, scheme=scheme, bits=bits, weights=weights)
         batch = Batch(served, max_tokens or config.max_position_embeddings, type(model).__name__[:31])
         if stream is None:
             stream = model.device.type == "cuda" and torch.cuda.device_count() == 1 and on_gpu(kv)
@@ -266,9 +267,9 @@ def _refuse(model: transformers.PreTrainedModel, config) -> None:
         raise ValueError(f"the attention of {type(model).__name__} is not pluggable (AttentionInterface)")
 
 
-def _digest(model: transformers.PreTrainedModel) -> str:
-    """Identity of the weights, of the first numbers of each."""
-    digest = hashlib.blake2b(digest_size=12)
+def _digest(model: transformers.PreTrainedModel, *description: Any) -> str:
+    """Identity of the weights, of the first numbers of each, and of what else the service knows a model by."""
+    digest = hashlib.blake2b(repr(description).encode(), digest_size=12)
     for name, weight in model.named_parameters():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())

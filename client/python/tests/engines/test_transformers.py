@@ -106,6 +106,15 @@ class FullBudgetTest(Fixture):
                                   past_key_values=cache).logits)
         return torch.cat(made, dim=1).float()
 
+    def test_alike_but_for_rope(self):
+        """The same weights with another RoPE, or signed in another way, are another model to the service."""
+        budget, inputs = covers(100), prompts([100])
+        self.assert_equal_tokens(tiny.model(), inputs, budget, new=4)
+        self.assert_equal_tokens(tiny.model(rope_parameters={"rope_type": "default", "rope_theta": 5e5}), inputs, budget, new=4)
+        model = tiny.model()
+        with Cache(self.kv, model, budget, scheme="sign") as cache:
+            self.greedy(model, inputs, cache, new=4)
+
     def test_steps_in_a_stream(self):
         """The calls that decode on a GPU without a copy, on the host backend: the same bits, through beams and back."""
         model, inputs, budget = tiny.model(), prompts([300, 270]), pivotkv.Budget(k=40, sinks=8, recent=16)

@@ -24,15 +24,19 @@ def model(dtype="float32", kind="Llama", **more):
 
 class Fixture(unittest.TestCase):
     """A daemon for all tests of the class."""
-    POOL, ARENA = 16 << 20, 64 << 20
+    POOL, ARENA, FLAGS = 16 << 20, 64 << 20, ()
 
     @classmethod
     def setUpClass(cls):
-        cls.daemon = PrivateDaemon(pathlib.Path(os.environ["PIVOTKVD"]), pool_bytes=cls.POOL, arena_bytes=cls.ARENA)
+        cls.daemon = PrivateDaemon(pathlib.Path(os.environ["PIVOTKVD"]), pool_bytes=cls.POOL, arena_bytes=cls.ARENA,
+                                   flags=cls.FLAGS)
         cls.addClassCleanup(cls.daemon.stop)
 
-    def sequences(self):
+    def asked(self, verb):
         cli = pathlib.Path(os.environ["PIVOTKV_BUILD_DIR"]) / "client" / "cli" / "pivotkv"
-        done = subprocess.run([cli, "ls", "--socket", self.daemon.socket, "--format", "json"], capture_output=True, text=True,
+        done = subprocess.run([cli, verb, "--socket", self.daemon.socket, "--format", "json"], capture_output=True, text=True,
                               timeout=60, check=True)
-        return len(json.loads(done.stdout)["sequences"])
+        return json.loads(done.stdout)
+
+    def sequences(self):
+        return len(self.asked("ls")["sequences"])
