@@ -4,8 +4,8 @@
  *
  * begin: steps that have ended are looked after (their full blocks sealed, which may go home now) -> places for the new tokens
  * -> a free epoch slot -> epoch entered -> table entries that changed and lengths go to the device. end: the stream empties the
- * slot behind the step's last read, the sequences have grown, and the daemon is asked for the next step's places, where they
- * are no great part of the pool, so that its begin finds them instead of waiting for an answer.
+ * slot behind the step's last read, the sequences have grown, and the daemon is asked for the next steps' places, where they
+ * are no great part of the pool, so that begin finds them instead of waiting for an answer.
  *
  * Failures, and what becomes of them:
  *   no places for the new tokens       what is in flight is waited for and sealed, once; then begin fails, nothing has changed
@@ -24,6 +24,7 @@
 
 #define SLEEP_NS    20000
 #define AHEAD_SHARE 32u /* of the pool, at most, is asked for ahead */
+#define AHEAD_STEPS 2u  /* the host is ahead of the stream, and may be as fast as the daemon */
 
 /* ---- steps that have ended ---- */
 
@@ -412,17 +413,17 @@ int pkv_batch_attend(struct pkv_batch *b, uint32_t layer, const void *q, float *
     return kv_done(b->kv, r ? r : gpu_batch_attend(b->gpu, layer, q, out, lse, batch_audit_keeps(b, layer), stream));
 }
 
-/* The next step's places, so that its begin need not wait for the daemon; where they are a small part of the pool. */
+/* The next steps' places, so that begin need not wait for the daemon; where they are a small part of the pool. */
 static void ask_ahead(struct pkv_batch *b)
 {
     const struct pkv_geom *g = &b->model->geom;
-    uint64_t blocks = pkv_tokens_blocks(b->queries + PKV_BLOCK_TOKENS - 1ull),
-             bytes = blocks * g->layers * pkv_geom_block_bytes(g);
+    uint64_t ahead = b->queries > 1 ? AHEAD_STEPS * (uint64_t)b->queries : 1;
+    uint64_t blocks = pkv_tokens_blocks(ahead + PKV_BLOCK_TOKENS - 1ull), bytes = blocks * g->layers * pkv_geom_block_bytes(g);
     if (bytes * b->count > b->kv->control->pool_bytes / AHEAD_SHARE)
         return;
     for (uint32_t i = 0; i < b->count; i++) {
         struct batch_seq *s = &b->seqs[i];
-        uint64_t next = s->seq->tokens[0] + b->queries;
+        uint64_t next = PKV_MIN(s->seq->tokens[0] + ahead, s->seq->max_tokens);
         if (next <= room(s->seq) || next <= s->asked)
             continue;
         seq_ask(s->seq, next);

@@ -70,7 +70,7 @@ int gpu_lab_gather(struct gpu_lab *l, uint64_t span, uint32_t rows, uint32_t row
     return verbs()->gather(l, span, rows, row_bytes, run, ret);
 }
 
-int gpu_lab_copy_peak(struct gpu_lab *l, bool to_device, double *ret)
+int gpu_lab_copy_peak(struct gpu_lab *l, bool to_device, bool beside, double *ret)
 {
-    return verbs()->copy_peak(l, to_device, ret);
+    return verbs()->copy_peak(l, to_device, beside, ret);
 }

@@ -27,9 +27,10 @@ int gpu_lab_captured(struct gpu_lab *lab, void **ret_graph);
 int gpu_lab_replay(struct gpu_lab *lab, void *graph, double *ret_us);
 void gpu_lab_graph_free(struct gpu_lab *lab, void *graph);
 
-/* Ceilings, bytes per second: a plain read of device memory; copies between it and pinned CPU memory. */
+/* Ceilings, bytes per second: a plain read of device memory; copies between it and pinned CPU memory, alone or while as many go
+ * the other way. */
 int gpu_lab_read_peak(struct gpu_lab *lab, double *ret);
-int gpu_lab_copy_peak(struct gpu_lab *lab, bool to_device, double *ret);
+int gpu_lab_copy_peak(struct gpu_lab *lab, bool to_device, bool beside, double *ret);
 /* A plain gather out of `span` bytes of pinned CPU memory: so many rows, ascending, in runs of `run` neighbours. */
 int gpu_lab_gather(struct gpu_lab *lab, uint64_t span, uint32_t rows, uint32_t row_bytes, uint32_t run, double *ret);
 

@@ -80,7 +80,7 @@ struct gpu_lab_verbs {
     int (*replay)(struct gpu_lab *lab, void *graph, double *ret_us);
     void (*graph_free)(struct gpu_lab *lab, void *graph);
     int (*read_peak)(struct gpu_lab *lab, double *ret);
-    int (*copy_peak)(struct gpu_lab *lab, bool to_device, double *ret);
+    int (*copy_peak)(struct gpu_lab *lab, bool to_device, bool beside, double *ret);
     int (*gather)(struct gpu_lab *lab, uint64_t span, uint32_t rows, uint32_t row_bytes, uint32_t run, double *ret);
 };
 

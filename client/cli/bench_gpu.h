@@ -29,6 +29,7 @@ struct lab {
     const char *socket;                   /* of the daemon at hand */
     double start_s;                       /* that it took to begin */
     double read_peak, to_device, to_host; /* bytes a second */
+    double to_device_beside;              /* while as much comes from it */
     void *k, *v, *q, *out, *lse;          /* k, v [PIECE][KV_HEADS][DIM]; q [CALLS][SEQS_MAX][Q_HEADS][DIM] */
     void *equal, *near;                   /* keys as k: all the same; the first K what queries that drift around one look for */
     json_t *peers;
