@@ -106,6 +106,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.sequences)
 
+    @property
+    def layers(self) -> int:
+        return self.model.layers
+
     def resize(self, rows: int) -> None:
         """As many empty rows; what was there is dropped."""
         self.clear()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from typing import Any
+from typing import Any, Sequence as ListOf
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from . import Budget, Connection
 from .batch import Batch, Tally, always_possible
 from .engine import DTYPES, numbers, rope_of
+from .groups import LayeredBatch, open_batch
 from .steps import on_gpu
 
 __all__ = ["Cache", "NAME"]
@@ -57,7 +58,7 @@ class _Stored(torch.Tensor):
 class _Store:
     """What a cache owns: the batch, and which columns of the padded batch its rows hold."""
 
-    def __init__(self, batch: Batch, budget: Budget, prefill: Budget, decode_tokens: int, stream: bool):
+    def __init__(self, batch: Batch | LayeredBatch, budget: Budget, prefill: Budget, decode_tokens: int, stream: bool):
         self.batch, self.budget, self.prefill, self.decode_tokens, self.stream = batch, budget, prefill, decode_tokens, stream
         self.kept = np.zeros((0, 0), bool)  # [rows, columns]
         self.fresh = np.zeros((0, 0), bool)  # [rows, new columns] of the pass that runs
@@ -169,31 +170,31 @@ class Cache(transformers.Cache):
     decode_tokens  a forward of at most so many new tokens (one, or a few that verify a draft) decodes, if the cache has a past
     max_tokens     of a sequence; default: the model's max_position_embeddings
     name           identity of the weights; default: a digest of them, of the RoPE and of the scheme
-    scheme, bits   of the signatures, as in Connection.model
+    scheme, bits   of the signatures, as in Connection.model; bits may be a list with a size for each layer (`pivotkv-sizes`)
     stream         whether steps of one token a row run in torch's stream without a copy; default: where daemon and model are on
                    the only GPU that torch sees (of several, it must be the connection's). At most 256 rows; not in the tally
     """
 
     def __init__(self, kv: Connection, model: transformers.PreTrainedModel, budget: Budget | None = None, *,
                  prefill: Budget | None = None, decode_tokens: int = 16, max_tokens: int | None = None,
-                 name: str | None = None, scheme: str = "code", bits: int = 0, weights: str | None = None,
-                 stream: bool | None = None):
+                 name: str | None = None, scheme: str = "code", bits: int | ListOf[int] = 0,
+                 weights: str | None = None, stream: bool | None = None):
         config = model.config.get_text_config(decoder=True)
         _refuse(model, config)
         heads = config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         rope = rope_of(config, head_dim)
-        served = kv.model(name or _digest(model, rope, scheme, bits, weights), layers=config.num_hidden_layers, q_heads=heads,
-                          kv_heads=getattr(config, "num_key_value_heads", None) or heads, head_dim=head_dim,
-                          dtype=DTYPES[model.dtype], rope=rope, scheme=scheme, bits=bits, weights=weights)
-        batch = Batch(served, max_tokens or config.max_position_embeddings, type(model).__name__[:31])
+        batch = open_batch(kv, name or _digest(model, rope, scheme, bits, weights), config.num_hidden_layers, bits,
+                           max_tokens or config.max_position_embeddings, type(model).__name__[:31], q_heads=heads,
+                           kv_heads=getattr(config, "num_key_value_heads", None) or heads, head_dim=head_dim,
+                           dtype=DTYPES[model.dtype], rope=rope, scheme=scheme, weights=weights)
         if stream is None:
             stream = model.device.type == "cuda" and torch.cuda.device_count() == 1 and on_gpu(kv)
         self._adopt(_Store(batch, budget or Budget(), prefill or Budget(dense=True), decode_tokens, stream))
         model.set_attn_implementation(NAME)
 
     def _adopt(self, store: _Store) -> None:
-        super().__init__(layers=[_Layer(store, i) for i in range(store.batch.model.layers)])
+        super().__init__(layers=[_Layer(store, i) for i in range(store.batch.layers)])
         self._store = store
         self._finalizer = weakref.finalize(self, store.batch.close)
 
@@ -220,7 +221,8 @@ class Cache(transformers.Cache):
 
     @property
     def sequences(self) -> list:
-        """The pivotkv sequences, one per row: for audits and statistics. They belong to the cache."""
+        """The pivotkv sequences, one per row: for audits and statistics. They belong to the cache. Where layers have
+        signatures of several sizes, one per size and row, smaller sizes first; each numbers the layers of its size."""
         return list(self._store.batch.sequences)
 
     @property

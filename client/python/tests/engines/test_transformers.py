@@ -155,6 +155,51 @@ class FullBudgetTest(Fixture):
                     self.assertEqual([len(s) for s in cache.sequences], [101, 91])
             torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=0)
 
+    def test_layers_with_signatures_of_several_sizes(self):
+        """Where all is selected: transformers' tokens, through beams, forks and back. Else: the same in a stream."""
+        model, inputs, sizes = tiny.model(), prompts([200, 171]), [64, 32, 64]
+        for more in ({}, {"num_beams": 3}):
+            wanted = self.greedy(model, inputs, **more).tolist()
+            with Cache(self.kv, model, covers(200), bits=sizes) as cache:
+                self.assertEqual(self.greedy(model, inputs, cache, **more).tolist(), wanted)
+                self.assertEqual(cache.tally.tokens_attended, cache.tally.tokens_seen)
+                self.assertEqual(sorted({s.model.layers for s in cache.sequences}), [1, 2])
+                if not more:
+                    cache.crop(-60)
+                    self.assertEqual(self.greedy(model, inputs, cache.fork()).tolist(), wanted)
+                    self.assertEqual([len(s) for s in cache.sequences], [159, 130] * 2)
+        budget, made = pivotkv.Budget(k=40, sinks=8, recent=16), []
+        for stream in (False, True):
+            with Cache(self.kv, model, budget, bits=sizes, stream=stream) as cache:
+                made.append(self.greedy(model, inputs, cache).tolist())
+                self.assertEqual(cache.tally.queries_sparse == 0, stream)
+        self.assertEqual(made[0], made[1])
+        self.assertEqual(self.sequences(), 0)
+
+    def test_a_pass_that_some_sizes_have_finished_is_taken_back(self):
+        model, inputs = tiny.model(), prompts([100, 90])
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        token, mask = torch.tensor([[7], [9]]), torch.cat([inputs["attention_mask"], torch.ones(2, 1)], dim=1)
+        with torch.no_grad():
+            for stream in (False, True):
+                with Cache(self.kv, model, covers(80), bits=[64, 64, 32], stream=stream) as cache:
+                    model(**inputs, past_key_values=cache)
+                    hook = model.model.layers[1].mlp.register_forward_hook(interrupt)
+                    with self.assertRaises(KeyboardInterrupt):
+                        model(token, attention_mask=mask, past_key_values=cache)
+                    hook.remove()
+                    self.assertEqual([len(s) for s in cache.sequences], [100, 90, 101, 91])  # the 64-bit layers are done
+                    made = model(token, attention_mask=mask, past_key_values=cache).logits
+                    self.assertEqual([len(s) for s in cache.sequences], [101, 91] * 2)
+                model.set_attn_implementation("sdpa")
+                ids = torch.cat([inputs["input_ids"], token], dim=1)
+                positions = (mask.cumsum(1) - 1).clamp(min=0).long()
+                whole = model(input_ids=ids, attention_mask=mask.long(), position_ids=positions).logits[:, -1:]
+                torch.testing.assert_close(made, whole, rtol=1e-4, atol=1e-4)
+
     def test_a_head_for_each_query_and_one_for_all(self):
         for heads in (1, 4):
             self.assert_equal_tokens(tiny.model(num_key_value_heads=heads), prompts([150]), covers(150), new=8)
@@ -360,6 +405,13 @@ class RefusalTest(Fixture):
                 Cache(self.kv, model)
         with self.assertRaises(pivotkv.Error):
             Cache(self.kv, tiny.model(head_dim=80))
+
+    def test_sizes_of_signatures(self):
+        for word, more in (("3 layers", {"bits": [32, 64]}), ("one size", {"bits": [32, 64, 64], "weights": "file"})):
+            with self.assertRaisesRegex(ValueError, word):
+                Cache(self.kv, tiny.model(), **more)
+        with self.assertRaises(pivotkv.Error):
+            Cache(self.kv, tiny.model(), bits=[32, 32, 40])
 
     def test_calls(self):
         model, inputs = tiny.model(), prompts([40, 30])
