@@ -54,7 +54,7 @@ class RowCache:
 
 
 def measure(kv, subject: Subject, kept, name: str, options: argparse.Namespace) -> list[dict]:
-    model = subject.open_model(kv, options.signature, subject.layers, f"locality-{name}")
+    model = subject.open_model(kv, options.signature, range(subject.layers), f"locality-{name}")
     length, budget, results = len(kept.tokens), options.signature.budget(options.k), []
     first = options.first if options.first is not None else length - options.steps
     with model.sequence(length) as sequence:

@@ -28,7 +28,7 @@ def through_service(kv, subject: Subject, kept: Reading, signature: Signature, n
     layers = subject.traits.mass_layers or tuple(range(subject.layers))
     wishes = {k: signature.budget(k) for k in budgets(subject, len(kept.tokens))}
     found: dict[int, list] = {k: [] for k in wishes}
-    model = subject.open_model(kv, signature, len(layers), f"mass-{name}")
+    model = subject.open_model(kv, signature, layers, f"mass-{name}")
     learn, first = min(LEARN, len(kept.tokens)), positions(subject, len(kept.tokens))[0] + 1
     with model.sequence(subject.model.context) as sequence:
         for i, layer in enumerate(layers):

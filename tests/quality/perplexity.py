@@ -18,7 +18,7 @@ def through_service(kv, subject: Subject, kept: Reading, signature: Signature, n
     budgets = {"full": pivotkv.Budget(dense=True)}
     budgets.update((str(k), signature.budget(k)) for k in BUDGETS)
     result = {}
-    model = subject.open_model(kv, signature, subject.layers, f"perplexity-{name}")
+    model = subject.open_model(kv, signature, range(subject.layers), f"perplexity-{name}")
     with model.sequence(subject.model.context) as sequence:
         for layer in range(subject.layers):
             fill(sequence, kept, layer, layer, 0, first, LEARN)

@@ -64,7 +64,7 @@ class Exam:
             exact = self.subject.exact_cache(self.reading, ROOM)
             return {k: self.ask(in_numpy(signature, exact, k)) for k in budgets}
         subject, length = self.subject, len(self.reading.tokens)
-        model = subject.open_model(kv, signature, subject.layers, f"needles-{self.name}")
+        model = subject.open_model(kv, signature, range(subject.layers), f"needles-{self.name}")
         with model.sequence(max(subject.model.context, length + ROOM)) as sequence:
             for layer in range(subject.layers):
                 fill(sequence, self.reading, layer, layer, 0, length, LEARN)

@@ -1,8 +1,10 @@
 """The models that quality is judged on: what they read, which layers select, and how pivotkv opens them."""
 from __future__ import annotations
 
+import contextlib
 import pathlib
 from dataclasses import dataclass
+from typing import Sequence
 
 import numpy as np
 
@@ -63,13 +65,62 @@ class Subject:
         restore()
         return windows, restore
 
-    def open_model(self, kv, signature: Signature, layers: int, name: str):
+    def open_model(self, kv, signature: Signature, layers: Sequence[int], name: str):
+        """Of these of the layers that select. Sequences number them from 0."""
+        if signature.sizes and len(signature.sizes) != self.layers:
+            raise ValueError(f"{len(signature.sizes)} sizes of signatures, and {self.layers} layers that select")
+        sizes = [signature.size(layer) for layer in layers]
+        models = {size: self._open_part(kv, signature, size, sizes.count(size), name) for size in sorted(set(sizes))}
+        return models[sizes[0]] if len(models) == 1 else Parts(models, sizes)
+
+    def _open_part(self, kv, signature: Signature, bits: int, layers: int, name: str):
         import pivotkv
         m = self.model
         weights = str(signature.weights) if signature.weights else None
-        return kv.model(f"{name}-{self.name}-{signature.kind}-{signature.bits}", layers=layers, q_heads=m.q_heads,
-                        kv_heads=m.kv_heads, head_dim=m.head_dim, dtype="f16", scheme=signature.kind, bits=signature.bits,
+        return kv.model(f"{name}-{self.name}-{signature.kind}-{bits}-{layers}", layers=layers, q_heads=m.q_heads,
+                        kv_heads=m.kv_heads, head_dim=m.head_dim, dtype="f16", scheme=signature.kind, bits=bits,
                         weights=weights, rope=pivotkv.Rope(m.rope_base, interleaved=self.traits.interleaved))
+
+
+class Parts:
+    """A model whose layers have signatures of several sizes: for each size one of the service's."""
+
+    def __init__(self, models: dict, sizes: list[int]):
+        self.models, self.sizes = models, sizes
+
+    def settle(self) -> None:
+        for model in self.models.values():
+            model.settle()
+
+    @contextlib.contextmanager
+    def sequence(self, tokens: int):
+        with contextlib.ExitStack() as opened:
+            yield PartsSequence({size: opened.enter_context(model.sequence(tokens)) for size, model in self.models.items()},
+                                self.sizes)
+
+
+class PartsSequence:
+    """What is asked of a sequence here, of the part that has the layer."""
+
+    def __init__(self, parts: dict, sizes: list[int]):
+        self.parts = list(parts.values())
+        self.where = [(parts[size], sizes[:i].count(size)) for i, size in enumerate(sizes)]
+
+    def append(self, layer: int, k: np.ndarray, v: np.ndarray) -> None:
+        part, index = self.where[layer]
+        part.append(index, k, v)
+
+    def attend(self, layer: int, q: np.ndarray, budget):
+        part, index = self.where[layer]
+        return part.attend(index, q, budget)
+
+    def audit(self, layer: int, q: np.ndarray, budget):
+        part, index = self.where[layer]
+        return part.audit(index, q, budget)
+
+    def truncate(self, tokens: int) -> None:
+        for part in self.parts:
+            part.truncate(tokens)
 
 
 class ServiceCache:
