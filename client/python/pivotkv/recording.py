@@ -68,7 +68,7 @@ class Recording:
 
     def __init__(self, read: Callable[[str], np.ndarray], names: Iterable[str], shape: Callable[[str], tuple], about: About,
                  path: Any = "recording"):
-        self._read, self.about, self.path = read, about, path
+        self._read, self._shape, self.about, self.path = read, shape, about, path
         names = set(names)
         self.layers = sorted(int(m.group(1)) for m in (re.fullmatch(r"k\.(\d+)", name) for name in names) if m)
         self.has_values = all(f"v.{layer}" in names for layer in self.layers)
@@ -84,6 +84,11 @@ class Recording:
                 if shape(f"{name}.{layer}") != (self.tokens, heads, q[2]):
                     raise FormatError(f"{path}: {name}.{layer} has shape {list(shape(f'{name}.{layer}'))}, not "
                                       f"{[self.tokens, heads, q[2]]}")
+
+    def only(self, layer: int) -> Recording:
+        """One of its layers, as a recording."""
+        return Recording(self._read, [f"{part}.{layer}" for part in ("qkv" if self.has_values else "qk")], self._shape,
+                         self.about, self.path)
 
     def q(self, layer: int) -> np.ndarray:
         return self._floats(f"q.{layer}")

@@ -1,14 +1,18 @@
 """Evaluation in numpy is what the daemon's audit says of the same files: HashAttention end to end - trained or converted, as a
 file, served, attended - and the other schemes."""
+import itertools
 import json
+import pathlib
 import subprocess
 import sys
+import tempfile
 import unittest
 
 import numpy as np
 
 import pivotkv
 from pivotkv import convert, evaluate, recording, schemes, tensors, train
+from pivotkv import sizes as sizes_of
 from pivotkv.calibrate import Calibrator
 from private import DaemonTest
 from test_convert import DATA
@@ -111,6 +115,53 @@ class AuditTest(DaemonTest):
             self.assertEqual(failed.returncode, code, failed.stderr)
             self.assertIn(word, failed.stderr)
             self.assertNotIn("Traceback", failed.stderr)
+
+
+class SizesTest(unittest.TestCase):
+    """Signatures of several sizes: the choice against all choices, and what layers of different needs are given."""
+
+    def test_choice(self):
+        random, sizes = np.random.default_rng(4), [32, 64, 96]
+        for mean in (32, 50, 64, 90, 96):
+            found = np.sort(random.random((5, 3)))[:, ::-1]
+            every = [pick for pick in itertools.product(range(3), repeat=5) if sum(sizes[i] for i in pick) <= 5 * mean]
+            least = min(sum(found[layer, i] for layer, i in enumerate(pick)) for pick in every)
+            chosen = sizes_of.choose(found, sizes, mean)
+            self.assertLessEqual(sum(chosen), 5 * mean)
+            self.assertAlmostEqual(sum(found[layer, sizes.index(size)] for layer, size in enumerate(chosen)), least)
+        with self.assertRaisesRegex(ValueError, "below the smallest"):
+            sizes_of.choose(found, sizes, 31)
+
+    def test_command(self):
+        """A layer that attends to recent tokens alone needs few bits, the other two share the rest."""
+        def run(*arguments):
+            return subprocess.run([sys.executable, "-m", "pivotkv.sizes", *map(str, arguments)], capture_output=True,
+                                  text=True, timeout=60, check=False)
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "recording"
+            write_recording(path, 1, 900, layers=(2, 5, 6), values=True)
+            file = tensors.File(path)
+            arrays = {name: np.array(file.array(name)) for name in file.names()}
+            arrays["k.5"][:, :, 0] = np.arange(900)[:, None] / 4  # the later, the larger the score: recent tokens have it all
+            arrays["q.5"][:, :, 0] = 16
+            tensors.write(path, arrays, recording.About("toy", "d1g", "noise").meta())
+            common = (path, "--sizes", "64,32", "--k", "40,160", "--every", "40")
+            done = run(*common, "--mean", "54", "--format", "json")
+            self.assertEqual(done.returncode, 0, done.stderr)
+            rows = json.loads(done.stdout)
+            self.assertEqual([(r["layer"], r["bits"]) for r in rows], [(2, 64), (5, 32), (6, 64)])
+            for row in (rows[0], rows[2]):
+                self.assertLess(row["error_64"], 0.95 * row["error_32"])
+            self.assertEqual(run(*common, "--mean", "54").stdout.splitlines()[-1], "64,32,64")
+            write_recording(path, 3, 300, layers=(0, 1))
+            for arguments, code, word in (((path,), 1, "no values"), ((path, "--sizes", "40"), 2, "multiples of 32"),
+                                          ((path, "--sizes", "64", "--mean", "40"), 2, "below the smallest"),
+                                          ((path.parent / "none",), 1, "none")):
+                failed = run(*arguments)
+                self.assertEqual(failed.returncode, code, failed.stderr)
+                self.assertIn(word, failed.stderr)
+                self.assertNotIn("Traceback", failed.stderr)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class WheelTest(unittest.TestCase):
                                  PYTHONPATH=numpy_at).split()
         self.assertEqual(found[0], pivotkv.version())
         self.assertTrue(pathlib.Path(found[1]).is_relative_to(self.folder / "venv"), found)
-        for command in ("calibrate", "convert", "evaluate", "train"):
+        for command in ("calibrate", "convert", "evaluate", "sizes", "train"):
             told = self.run_bounded(bin_folder / f"pivotkv-{command}", "--version", PYTHONPATH=numpy_at)
             self.assertEqual(told, f"pivotkv-{command} {pivotkv.version()}\n")
             self.assertIn("usage:", self.run_bounded(bin_folder / f"pivotkv-{command}", "--help", PYTHONPATH=numpy_at))
