@@ -1,10 +1,17 @@
-/* Signatures into codes on the 1-bit tensor cores, and counts of codes.
+/* Signatures into codes on the tensor cores, and counts of codes.
  *
- * mma m16n8k128 counts the bits that a signature has in common with a bit plane of the weights. Tokens are rows (a lane's
- * 16-byte load holds one word of four tokens: the layout of geom.h is the fragment), columns are four q heads x two planes, so
- * four products of a set of four heads give every lane the score of one head for four tokens. A count is at most 256: read as
- * the bits of a float it is a denormal, count x 2^-149, and one chain of fused multiply-adds turns the planes' counts into the
- * exact integer score without a conversion. Rows of the code are the sum of 2^score over heads: a quad of lanes adds them up.
+ * A weight is 3a - 4b - 60c + 80d with digits of 0 to 4: every integer from -130 to 206 is. A digit is four bit planes,
+ * of which as many are set as it says; mma m16n8k128 counts the bits that a signature has in common with one, and a
+ * chain of such products, or a fragment that holds a short signature twice, adds the four up. Tokens are rows (a lane's
+ * 16-byte load holds one word of four tokens: the layout of geom.h is the fragment), columns are four q heads x two
+ * digits, so two chains of a set of four heads hold all sums of digits for sixteen tokens.
+ *
+ * A sum is at most 1024 and lies in a register of its own: read as a half-precision number it is sum x 2^-24, exactly.
+ * So the registers of a chain are A of a second product, m16n8k16 in half precision, whose rows are even digits of
+ * eight tokens and odd digits of the same, whose k is head and which eight of the tokens, and whose B puts each of
+ * these to its own column: the first chain counts once and the second -20 times. What is left is 3 x even - 4 x odd:
+ * two fused multiply-adds with the head's scale, and its bias. Codes are the sum of 2^score over heads: a quad of lanes
+ * adds them up.
  */
 #ifndef GPU_CUDA_CODE_CUH
 #define GPU_CUDA_CODE_CUH
@@ -13,7 +20,7 @@
 
 #define CODE_LEAST __uint_as_float((GPU_CODE_BASE + 1u) << 18)
 #define CODE_MOST  __uint_as_float((GPU_CODE_BASE + GPU_CODE_SOFTMAX_MAX + 0u) << 18)
-#define UNIT_INV   0x1p49f /* score() returns integers times its inverse */
+#define UNIT_INV   0x1p24f /* scores come times its inverse */
 
 /* D = popc(A and B), A 16 tokens x 128 bits, B 128 bits x 8 columns. */
 static __device__ __forceinline__ void common_bits(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b, const int (&c)[4])
@@ -30,60 +37,132 @@ static __device__ __forceinline__ uint4 load_once(const uint4 *p)
     return v;
 }
 
-/* Planes of the four heads of a set, as this lane's part of B: column = lane / 4 = 2 x head + parity, product m has planes 2m
- * and 2m + 1, words lane % 4 of each step. Heads beyond the group are zero. */
-template <uint32_t SETS, uint32_t K> struct planes {
-    uint32_t b[SETS][4][K];
-    float scale[SETS], bias[SETS]; /* scale: of what score() returns */
-};
-
-template <uint32_t SETS, uint32_t K>
-static __device__ __forceinline__ void load_planes(const struct cuda_attend &a, uint64_t q_head, uint32_t lane,
-                                                   struct planes<SETS, K> &p)
+/* d += A B: the sums of a chain, 16 tokens x 8 columns, as half-precision numbers. */
+static __device__ __forceinline__ void weigh_sums(float (&d)[4], const int (&sums)[4], const uint32_t (&b)[2])
 {
-    uint32_t group = pkv_geom_group(&a.geom), words = pkv_geom_words(&a.geom);
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(sums[0]), "r"(sums[1]), "r"(sums[2]), "r"(sums[3]), "r"(b[0]), "r"(b[1]));
+}
+
+/* ---- weights into digits ---- */
+
+#define DIGITS    4u
+#define DIGIT_MAX 4u
+/* Of a head and word; bit i of number digit x 4 + e: the digit of weight i is above e. */
+#define DIGIT_PLANES (DIGITS * DIGIT_MAX)
+
+/* value = 3 x *even - 4 x *odd, both 0 to 4; whether there are such. */
+static __device__ __forceinline__ bool pair_of(int value, uint32_t *even, uint32_t *odd)
+{
+    int x = 3 * value & 3, y = (3 * x - value) / 4; /* 3 x 3 is 1, modulo 4 */
+    bool other = x == 0 && y < 0;                   /* 3 x 4 - 4 x 3 is nothing */
+    *even = other ? 4 : x, *odd = other ? y + 3 : y;
+    return *odd <= DIGIT_MAX;
+}
+
+/* A warp turns 32 weights of a head, a lane each, into to [DIGIT_PLANES]. */
+static __device__ __forceinline__ void digits_write(int weight, uint32_t lane, uint32_t *to)
+{
+    uint32_t digit[DIGITS] = {0, 0, 0, 0}, own = 0;
 #pragma unroll
-    for (uint32_t set = 0; set < SETS; set++) {
-        uint32_t h = set * 4 + lane / 8, mine = set * 4 + lane % 4;
+    for (int i = -1; i <= 1; i++) {
+        int high = (weight + 128) / 20 - 6 + i;
+        uint32_t d[DIGITS];
+        bool low = pair_of(weight - 20 * high, d, d + 1);
+        if (pair_of(-high, d + 2, d + 3) && low)
 #pragma unroll
-        for (uint32_t m = 0; m < 4; m++)
+            for (uint32_t j = 0; j < DIGITS; j++)
+                digit[j] = d[j];
+    }
 #pragma unroll
-            for (uint32_t k = 0; k < K; k++) {
-                uint32_t w = k * 4 + lane % 4, plane = 2 * m + lane / 4 % 2;
-                p.b[set][m][k] = h < group && w < words ? a.work.planes[((q_head + h) * 8 + plane) * words + w] : 0;
-            }
-        bool there = mine < group;
-        p.scale[set] = there ? a.work.scales[q_head + mine] * UNIT_INV : 0.0f;
-        p.bias[set] = there ? a.work.biases[q_head + mine] : NOTHING;
+    for (uint32_t j = 0; j < DIGIT_PLANES; j++) {
+        uint32_t plane = __ballot_sync(ALL_LANES, digit[j / DIGIT_MAX] > j % DIGIT_MAX);
+        own = lane == j ? plane : own;
+    }
+    if (lane < DIGIT_PLANES)
+        to[lane] = own;
+}
+
+/* All warps turn the bit planes [heads][8][words] of the weights into digits [heads][words][DIGIT_PLANES]; `stride`: from one
+ * plane to the next. */
+static __device__ __forceinline__ void digits_take(const uint32_t *planes, uint32_t stride, uint32_t heads, uint32_t words,
+                                                   uint32_t (*digits)[DIGIT_PLANES])
+{
+    uint32_t lane = threadIdx.x % WARP;
+    for (uint32_t i = threadIdx.x / WARP; i < heads * words; i += blockDim.x / WARP) {
+        const uint32_t *from = planes + (uint64_t)(i / words) * 8 * stride + i % words;
+        uint32_t weight = 0;
+#pragma unroll
+        for (uint32_t p = 0; p < 8; p++)
+            weight |= (from[p * stride] >> lane & 1) << p;
+        digits_write((int8_t)weight, lane, digits[i]);
     }
 }
 
-/* Scores of one head (set x 4 + lane % 4) for four tokens, exact integers as floats times 2^-49. */
-template <uint32_t K>
-static __device__ __forceinline__ void score(const uint4 (&s)[K], const uint32_t (&b)[4][K], float (&v)[4])
+/* ---- signatures into codes ---- */
+
+/* STEPS: products in a chain: 2 for signatures of up to 64 bits, which a fragment holds twice, 4 up to 128, 8 beyond. */
+static __device__ __forceinline__ uint32_t fragment_word(uint32_t steps, uint32_t words, uint32_t k, uint32_t lane)
 {
-    const float one = 0x1p100f; /* a count is count x 2^-149 */
+    return min(steps == 2 ? lane % 2 : k * 4 + lane % 4, words - 1); /* where there is none, its planes are zero */
+}
+
+/* This lane's part of all B. Column of the first product: lane / 4 = 2 x head + parity. */
+template <uint32_t SETS, uint32_t STEPS> struct planes {
+    uint32_t b[SETS][2][STEPS];
+    uint32_t places[2][2];                   /* B of the second product */
+    float even[SETS], odd[SETS], bias[SETS]; /* of head lane % 4: scale x 3, scale x -4 */
+};
+
+/* The set's scales and biases, and digits [heads][words][DIGIT_PLANES] of the group. */
+template <uint32_t SETS, uint32_t STEPS>
+static __device__ __forceinline__ void planes_take(struct planes<SETS, STEPS> &p, const uint32_t (*digits)[DIGIT_PLANES],
+                                                   const float *scales, const float *biases, uint32_t group, uint32_t words,
+                                                   uint32_t lane)
+{
+    uint32_t column = lane / 4, k = lane % 4;
+#pragma unroll
+    for (uint32_t set = 0; set < SETS; set++) {
+        uint32_t h = set * 4 + column / 2, own = set * 4 + k;
+#pragma unroll
+        for (uint32_t m = 0; m < 2; m++)
+#pragma unroll
+            for (uint32_t j = 0; j < STEPS; j++) {
+                uint32_t word = STEPS == 2 ? k % 2 : k + j / 4 * 4, above = STEPS == 2 ? 2 * j + k / 2 : j % 4;
+                bool there = h < group && word < words;
+                p.b[set][m][j] = there ? digits[h * words + word][(2 * m + column % 2) * DIGIT_MAX + above] : 0;
+            }
+        float scale = own < group ? scales[own] * UNIT_INV : 0.0f;
+        p.even[set] = 3 * scale, p.odd[set] = -4 * scale;
+        p.bias[set] = own < group ? biases[own] : NOTHING;
+    }
+    for (uint32_t m = 0; m < 2; m++)
+        for (uint32_t half = 0; half < 2; half++)
+            p.places[m][half] = column == 2 * k + half ? (m ? 0xcd00u : 0x3c00u) : 0; /* -20 and 1 */
+}
+
+/* Scores of one head (set x 4 + lane % 4), scaled and biased, for four tokens. */
+template <uint32_t SETS, uint32_t STEPS, uint32_t K>
+static __device__ __forceinline__ void score(const uint4 (&s)[K], const struct planes<SETS, STEPS> &p, uint32_t set,
+                                             float (&v)[4])
+{
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
-        int d[4][4];
+        float d[4] = {0, 0, 0, 0};
 #pragma unroll
-        for (uint32_t m = 0; m < 4; m++) {
-            const int zero[4] = {0, 0, 0, 0};
-            common_bits(d[m], half ? s[0].z : s[0].x, half ? s[0].w : s[0].y, b[m][0], zero);
-            if (K == 2)
-                common_bits(d[m], half ? s[K - 1].z : s[K - 1].x, half ? s[K - 1].w : s[K - 1].y, b[m][K - 1], d[m]);
-        }
+        for (uint32_t m = 0; m < 2; m++) {
+            int sums[4] = {0, 0, 0, 0};
 #pragma unroll
-        for (uint32_t r = 0; r < 2; r++) {
-            float t = __int_as_float(d[0][2 * r]) * one;
-            t = fmaf(__int_as_float(d[0][2 * r + 1]), 2 * one, t);
-#pragma unroll
-            for (uint32_t m = 1; m < 4; m++) {
-                t = fmaf(__int_as_float(d[m][2 * r]), (float)(1 << 2 * m) * one, t);
-                t = fmaf(__int_as_float(d[m][2 * r + 1]), (m == 3 ? -1.0f : 1.0f) * (float)(2 << 2 * m) * one, t);
+            for (uint32_t j = 0; j < STEPS; j++) {
+                const uint4 &x = s[j / 4];
+                common_bits(sums, half ? x.z : x.x, half ? x.w : x.y, p.b[set][m][j], sums);
             }
-            v[2 * half + r] = t;
+            weigh_sums(d, sums, p.places[m]);
         }
+#pragma unroll
+        for (uint32_t r = 0; r < 2; r++)
+            v[2 * half + r] = fmaf(d[r], p.even[set], fmaf(d[2 + r], p.odd[set], p.bias[set]));
     }
 }
 
@@ -105,17 +184,17 @@ static __device__ __forceinline__ float quad_sum(const float (&v)[4], uint32_t l
     return lane & 2 ? (lane & 1 ? high.y : high.x) : lane & 1 ? low.y : low.x;
 }
 
-template <uint32_t SETS, uint32_t K>
-static __device__ __forceinline__ uint32_t code_of(const uint4 (&s)[K], const struct planes<SETS, K> &p, uint32_t lane)
+template <uint32_t SETS, uint32_t STEPS, uint32_t K>
+static __device__ __forceinline__ uint32_t code_of(const uint4 (&s)[K], const struct planes<SETS, STEPS> &p, uint32_t lane)
 {
     float total[4];
 #pragma unroll
     for (uint32_t set = 0; set < SETS; set++) {
         float v[4];
-        score<K>(s, p.b[set], v);
+        score<SETS, STEPS, K>(s, p, set, v);
 #pragma unroll
         for (uint32_t j = 0; j < 4; j++) {
-            float power = exp2_fast(fmaf(v[j], p.scale[set], p.bias[set]));
+            float power = exp2_fast(v[j]);
             total[j] = set ? total[j] + power : power;
         }
     }

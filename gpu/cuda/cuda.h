@@ -59,7 +59,8 @@ struct cuda_work {
     uint16_t *scores;  /* [lists][rows_max] codes, 0 for sinks and recent */
     float *partial;    /* [lists][head chunks][splits]: out [4][head_dim], max [4], sum [4] */
     uint32_t *arrived; /* [lists][head chunks] splits that are done; zero between calls */
-    uint64_t *words;   /* [lists][cuda_words()] what the blocks of a team tell each other: value << 32 | epoch of the call */
+    uint32_t *words;   /* [lists][cuda_words()][4] what the blocks of a team tell each other: values, epoch of the call */
+    uint32_t *hints;   /* [layers][lists] the threshold of the call before */
     uint32_t *gates;   /* [lists][CUDA_GATE] arrivals, generation, epoch, each in its own 128 bytes */
 };
 #define CUDA_COUNTS            2128u /* 2049 fine, at CUDA_COARSE 64 coarse (every 32nd), rest padding */
@@ -146,11 +147,12 @@ static inline int cuda_dense_only(const struct cuda_attend *a)
     return a->tokens_max < a->policy.dense_below || a->tokens_max <= cuda_rows_max(&a->policy);
 }
 
-/* Words of a list in work.words: shares of the biases, coarse and fine counts, the list, shares of the result. */
+/* Words of a list in work.words: of counts, of rows that another block attends, of results. */
+#define CUDA_COUNT_WORDS 80u
 static inline PKV_HD uint64_t cuda_words(const struct cuda_attend *a)
 {
-    uint64_t group = pkv_geom_group(&a->geom), each = 32 + 64 + 33 + group * (a->geom.head_dim + 2ull);
-    return a->team ? a->team * each + cuda_rows_max(&a->policy) : 0;
+    uint64_t outputs = (uint64_t)pkv_geom_group(&a->geom) * a->geom.head_dim;
+    return a->team ? a->team * (CUDA_COUNT_WORDS + outputs) + a->policy.k : 0;
 }
 #define CUDA_GATE 96u
 

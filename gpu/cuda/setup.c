@@ -61,7 +61,8 @@ static uint64_t bind(const struct cuda_attend *a, uint64_t base, struct cuda_wor
     w->scores = piece(&at, rows * 2);
     w->partial = piece(&at, items * a->splits * CUDA_PARTIAL(g->head_dim) * 4);
     w->arrived = piece(&at, items * 4);
-    w->words = piece(&at, lists * cuda_words(a) * 8);
+    w->words = piece(&at, lists * cuda_words(a) * 16);
+    w->hints = piece(&at, (a->team ? g->layers : 0) * lists * 4);
     w->gates = piece(&at, lists * CUDA_GATE * 4);
     return at - base;
 }

@@ -1,7 +1,7 @@
 /* A team: the thread blocks that take one list from query to result in one launch. All of them are resident together (a
  * cooperative launch), so they may wait for each other, in two ways:
- *   words  value and epoch of the call in 64 bits, written once a call: whoever wants a value polls for its epoch; no order is
- *          needed between words
+ *   words  three values and the epoch of the call in 128 bits, written whole once a call: whoever wants the values polls for
+ *          the epoch; no order is needed between words
  *   gates  a count of arrivals that only grows; what a block wrote before it arrived is there for all that have passed
  * The epoch of a list is in memory and goes up by one a call, after everybody has read it. Teams have 1, 2, 4, 8 or 16 blocks.
  */
@@ -10,31 +10,48 @@
 
 #include "gpu/cuda/device.cuh"
 
+#define TEAM_MAX 16u
+#define WINDOW   64u /* codes around the threshold of the step before, whose counts are sent before it is known */
+
+struct word {
+    uint32_t x, y, z, epoch;
+};
+
 struct team {
     uint32_t size, part, list, query, head, group; /* part: this block's number in the team */
     uint64_t q_head;                               /* the first of the group */
-    uint64_t *words;
-    uint32_t *gate;
+    const struct pkv_block_ref *blocks;            /* of the query's sequence */
+    struct word *words;
+    uint32_t *gate, *hint;
     uint32_t epoch, arrivals; /* arrivals: of the whole team, before this call, then at the last gate */
+    uint32_t window;          /* its first code */
     uint32_t warp, lane;
 };
 
-/* Where each kind of word begins. */
-static __device__ __forceinline__ uint64_t *bias_words(const struct team &t)
+/* Where each kind of word begins. Counts are suffix counts: word i of a kind has those at 2 i, 2 i + 1 and 2 i + 2. */
+#define WINDOW_WORDS (WINDOW / 2) /* of a block: of codes from the window's first on */
+#define COARSE_WORDS 32u          /* of every 32nd code */
+#define FINE_WORDS   16u          /* of the 32 codes of a bucket */
+static_assert(WINDOW_WORDS + COARSE_WORDS + FINE_WORDS == CUDA_COUNT_WORDS, "cuda_words() counts them");
+static __device__ __forceinline__ struct word *window_words(const struct team &t)
 {
     return t.words;
 }
-static __device__ __forceinline__ uint64_t *count_words(const struct team &t) /* coarse [size][64], fine [size][33] */
+static __device__ __forceinline__ struct word *coarse_words(const struct team &t)
 {
-    return t.words + t.size * WARP;
+    return t.words + t.size * WINDOW_WORDS;
 }
-static __device__ __forceinline__ uint64_t *list_words(const struct team &t)
+static __device__ __forceinline__ struct word *fine_words(const struct team &t)
 {
-    return count_words(t) + t.size * (64 + 33);
+    return coarse_words(t) + t.size * COARSE_WORDS;
 }
-static __device__ __forceinline__ uint64_t *result_words(const struct team &t, uint32_t rows_max)
+static __device__ __forceinline__ struct word *row_words(const struct team &t)
 {
-    return list_words(t) + rows_max;
+    return fine_words(t) + t.size * FINE_WORDS;
+}
+static __device__ __forceinline__ struct word *result_words(const struct team &t, uint32_t k)
+{
+    return row_words(t) + k;
 }
 
 static __device__ __forceinline__ uint32_t load_relaxed(const uint32_t *p)
@@ -44,44 +61,44 @@ static __device__ __forceinline__ uint32_t load_relaxed(const uint32_t *p)
     return v;
 }
 
-static __device__ __forceinline__ void put_word(const struct team &t, uint64_t *to, uint32_t value)
+static __device__ __forceinline__ void put_word(const struct team &t, struct word *to, uint32_t x, uint32_t y, uint32_t z)
 {
-    asm volatile("st.relaxed.gpu.global.u64 [%0],%1;" ::"l"(to), "l"((uint64_t)value << 32 | t.epoch) : "memory");
+    uint64_t low = (uint64_t)y << 32 | x, high = (uint64_t)t.epoch << 32 | z;
+    asm volatile("{\n\t.reg .b128 v;\n\tmov.b128 v,{%1,%2};\n\tst.relaxed.gpu.global.b128 [%0],v;\n\t}" ::"l"(to), "l"(low),
+                 "l"(high)
+                 : "memory");
 }
-static __device__ __forceinline__ uint32_t take_word(const struct team &t, const uint64_t *from)
+static __device__ __forceinline__ struct word take_word(const struct team &t, const struct word *from)
 {
-    uint64_t v;
+    uint64_t low, high;
     do
-        asm volatile("ld.relaxed.gpu.global.u64 %0,[%1];" : "=l"(v) : "l"(from) : "memory");
-    while ((uint32_t)v != t.epoch);
-    return (uint32_t)(v >> 32);
+        asm volatile("{\n\t.reg .b128 v;\n\tld.relaxed.gpu.global.b128 v,[%2];\n\tmov.b128 {%0,%1},v;\n\t}"
+                     : "=l"(low), "=l"(high)
+                     : "l"(from)
+                     : "memory");
+    while ((uint32_t)(high >> 32) != t.epoch);
+    return {(uint32_t)low, (uint32_t)(low >> 32), (uint32_t)high, t.epoch};
 }
 
-/* Three at once, one wait. */
-static __device__ __forceinline__ void take_words(const struct team &t, const uint64_t *const (&from)[3], float (&to)[3])
-{
-    uint64_t v[3];
-    do
-#pragma unroll
-        for (uint32_t i = 0; i < 3; i++)
-            asm volatile("ld.relaxed.gpu.global.u64 %0,[%1];" : "=l"(v[i]) : "l"(from[i]) : "memory");
-    while ((uint32_t)v[0] != t.epoch || (uint32_t)v[1] != t.epoch || (uint32_t)v[2] != t.epoch);
-#pragma unroll
-    for (uint32_t i = 0; i < 3; i++)
-        to[i] = __uint_as_float((uint32_t)(v[i] >> 32));
-}
-
-static __device__ __forceinline__ struct team team_join(const struct cuda_attend &a, uint32_t group, uint64_t words)
+/* What is known without memory; the grid is [queries][kv_heads][size]. */
+static __device__ __forceinline__ struct team team_of_block(const struct cuda_attend &a, uint32_t group, uint64_t words)
 {
     struct team t;
-    t.size = a.team, t.list = blockIdx.x / a.team, t.part = blockIdx.x & (a.team - 1);
-    t.query = t.list / a.geom.kv_heads, t.head = t.list - t.query * a.geom.kv_heads, t.group = group;
-    t.q_head = (uint64_t)t.query * a.geom.q_heads + t.head * t.group;
-    t.words = a.work.words + t.list * words, t.gate = a.work.gates + t.list * CUDA_GATE;
-    t.epoch = load_relaxed(t.gate + 64) + 1;
-    t.arrivals = load_relaxed(t.gate) & ~(t.size - 1); /* this block has not arrived, so the rest cannot be whole */
+    t.size = gridDim.x, t.part = blockIdx.x, t.head = blockIdx.y, t.query = blockIdx.z, t.group = group;
+    t.list = t.query * gridDim.y + t.head;
+    t.q_head = (uint64_t)t.list * group;
+    t.words = (struct word *)a.work.words + t.list * words, t.gate = a.work.gates + t.list * CUDA_GATE;
+    t.hint = a.work.hints + a.layer * gridDim.z * gridDim.y + t.list;
     t.warp = threadIdx.x / WARP, t.lane = threadIdx.x % WARP;
     return t;
+}
+
+static __device__ __forceinline__ void team_join(const struct cuda_attend &a, struct team &t)
+{
+    t.epoch = load_relaxed(t.gate + 64) + 1;
+    t.arrivals = load_relaxed(t.gate) & ~(t.size - 1); /* this block has not arrived, so the rest cannot be whole */
+    uint32_t hint = load_relaxed(t.hint);
+    t.window = min(hint > WINDOW / 2 ? hint - WINDOW / 2 : 0, 2048 - WINDOW);
 }
 
 /* All threads call it. */

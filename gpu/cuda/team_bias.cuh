@@ -1,4 +1,5 @@
-/* A team's biases: what puts each head's estimates beside its exact scores of sinks and recent tokens. */
+/* A team's biases: what puts a head's estimates beside its exact scores of sinks and recent tokens (the ends). Every block
+ * scores all of them, in the same order, so that no block waits for another: a warp sixteen rows at a time. */
 #ifndef GPU_CUDA_TEAM_BIAS_CUH
 #define GPU_CUDA_TEAM_BIAS_CUH
 
@@ -6,160 +7,247 @@
 
 #if __CUDA_ARCH__ >= 900
 
-static __device__ __forceinline__ void share_join(struct team_shared::share &r, float max, float sum, float shift)
+/* The ends, numbered; of those from fitted_from on the bias is the mean of exact score less estimate. */
+struct ends {
+    uint32_t first, last, count, fitted_from; /* first, last: as in the span */
+};
+
+static __device__ __forceinline__ struct ends ends_of(const struct span &span)
 {
-    float most = fmaxf(r.max, max);
-    r.sum = r.sum * exp2_fast(r.max - most) + sum * exp2_fast(max - most);
-    r.max = most, r.shift += shift;
+    uint32_t recent = span.visible - span.last;
+    return {span.first, span.last, span.first + recent, recent ? span.first : 0};
 }
 
-/* Sixteen lanes' shares into one. */
-static __device__ __forceinline__ struct team_shared::share share_merge(struct team_shared::share r)
+static __device__ __forceinline__ uint32_t end_token(const struct ends &e, uint32_t i)
 {
-    float most = r.max;
-#pragma unroll
-    for (uint32_t s = 8; s; s /= 2)
-        most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, s));
-    r.sum *= exp2_fast(r.max - most), r.max = most;
-#pragma unroll
-    for (uint32_t s = 8; s; s /= 2) {
-        r.sum += __shfl_xor_sync(ALL_LANES, r.sum, s);
-        r.shift += __shfl_xor_sync(ALL_LANES, r.shift, s);
-    }
-    return r;
+    return i < e.first ? i : e.last + (i - e.first);
 }
 
-/* Sum of the weights of a signature's set bits; words that it has not are zero. */
-static __device__ __forceinline__ int estimate(const struct weigh_shared<HEADS> *w, const uint4 &bits, uint32_t h)
+/* ---- exact scores ---- */
+
+/* A lane's part of the keys of sixteen rows: of rows lane / 4 and + 8 every fourth piece of sixteen bytes. It is a fragment of
+ * A whose dimensions are in another order, and so are the queries' (ends_score). */
+template <uint32_t DIM> struct end_keys {
+    uint4 low[DIM / 32], high[DIM / 32];
+};
+
+/* Table entries of those rows. */
+struct end_entries {
+    uint64_t low, high;
+};
+
+static __device__ __forceinline__ struct end_entries end_entries_load(const struct team &t, const struct ends &e,
+                                                                      uint32_t first)
 {
-    int sum = 0;
-#pragma unroll
-    for (uint32_t p = 0; p < 8; p++) {
-        uint4 plane = *(const uint4 *)w->planes[h][p];
-        int n = __popc(bits.x & plane.x) + __popc(bits.y & plane.y) + __popc(bits.z & plane.z) + __popc(bits.w & plane.w);
-        sum += p == 7 ? -(n << p) : n << p;
-    }
-    return sum;
+    if (first >= e.count)
+        return {0, 0};
+    uint32_t low = end_token(e, min(first + t.lane / 4, e.count - 1)),
+             high = end_token(e, min(first + t.lane / 4 + 8, e.count - 1));
+    return {t.blocks[low / PKV_BLOCK_TOKENS].rows, t.blocks[high / PKV_BLOCK_TOKENS].rows};
 }
 
-/* Keys of sixteen sinks or recent tokens, scored for all heads, and their signatures. A warp calls it. */
 template <typename T, uint32_t DIM>
-static __device__ __forceinline__ void ends_tile(const struct cuda_attend &a, const struct team &t, struct team_shared *m,
-                                                 const struct span &span, uint32_t first, uint32_t rows, uint32_t slot,
-                                                 unsigned char *scratch)
+static __device__ __forceinline__ void end_keys_load(const struct team_call &call, const struct team &t, const struct ends &e,
+                                                     uint32_t first, const struct end_entries &entries, struct end_keys<DIM> &k)
 {
-    const struct pkv_geom &g = a.geom;
-    const struct pkv_block_ref *blocks = blocks_of(a, t.query);
-    uint32_t n = first + min(t.lane % TILE_ROWS, rows - 1), token = n < span.first ? n : span.last + (n - span.first);
-    struct pkv_block_ref ref = blocks[token / PKV_BLOCK_TOKENS];
-    if (t.lane < TILE_ROWS)
-        m->ends[slot][t.lane] = (uint64_t)place_address(a.base, ref.rows, pkv_geom_block_bytes(&g)) +
-                                pkv_geom_row_offset(&g, t.head, token % PKV_BLOCK_TOKENS);
-    const uint32_t *signature = (const uint32_t *)place_address(a.base, ref.signatures, pkv_geom_sig_block_bytes(&g));
-    __syncwarp();
-    uint32_t word[2];
+    if (first >= e.count)
+        return;
+    uint64_t at[2] = {address_of(call.a, entries.low, call.rows_slot), address_of(call.a, entries.high, call.rows_slot)};
+#pragma unroll
     for (uint32_t i = 0; i < 2; i++) {
-        uint32_t w = t.lane / TILE_ROWS + 2 * i;
-        word[i] = w < pkv_geom_words(&g) ? signature[pkv_geom_sig_index(&g, t.head, token % PKV_BLOCK_TOKENS, w)] : 0;
+        uint32_t token = end_token(e, min(first + t.lane / 4 + 8 * i, e.count - 1));
+        at[i] += (t.head * PKV_BLOCK_TOKENS + token % PKV_BLOCK_TOKENS) * tile_shape<T, DIM>::ROW;
     }
-    load_tile<tile_shape<T, DIM>::HALF, tile_shape<T, DIM>::KEYS>(scratch, m->ends[slot], NULL, 0, TILE_ROWS, t.lane);
-    for (uint32_t i = 0; i < DIM * sizeof(T) / 128; i++) /* their values are wanted later */
-        if (t.lane < TILE_ROWS)
-            asm volatile("prefetch.global.L2 [%0];" ::"l"(m->ends[slot][t.lane] + DIM * sizeof(T) + i * 128));
-    for (uint32_t i = 0; i < 2; i++)
-        m->signature[slot][t.lane % TILE_ROWS][t.lane / TILE_ROWS + 2 * i] = word[i];
-    float d[4];
-    tile_scores<T, DIM, tile_shape<T, DIM>::KEYS>((uint32_t)__cvta_generic_to_shared(scratch),
-                                                  (uint32_t)__cvta_generic_to_shared(m->queries), t.lane, d);
+#pragma unroll
+    for (uint32_t j = 0; j < DIM / 32; j++) {
+        k.low[j] = load_row_piece(at[0] + j * 64 + t.lane % 4 * 16);
+        k.high[j] = load_row_piece(at[1] + j * 64 + t.lane % 4 * 16);
+    }
+    /* The values are wanted later: one block has them brought to L2. */
+    if (first / TILE_ROWS % t.size == t.part)
+        for (uint32_t i = t.lane % 4; i < DIM / 64; i += 4)
+            asm volatile("prefetch.global.L2 [%0];\n\tprefetch.global.L2 [%1];" ::"l"(at[0] + DIM * 2 + i * 128),
+                         "l"(at[1] + DIM * 2 + i * 128));
+}
+
+/* d: scores of rows lane / 4 and + 8 for columns 2 (lane % 4) and + 1, unscaled. */
+template <typename T, uint32_t DIM>
+static __device__ __forceinline__ void ends_score(const struct end_keys<DIM> &k, uint32_t queries, uint32_t lane, float (&d)[4])
+{
+    float odd[4] = {0, 0, 0, 0};
+    d[0] = d[1] = d[2] = d[3] = 0;
+#pragma unroll
+    for (uint32_t j = 0; j < DIM / 32; j++) {
+        uint4 q = load_shared_piece(queries + lane / 4 * tile_shape<T, DIM>::QUERY + j * 64 + lane % 4 * 16);
+        const uint32_t even_a[4] = {k.low[j].x, k.high[j].x, k.low[j].y, k.high[j].y};
+        const uint32_t odd_a[4] = {k.low[j].z, k.high[j].z, k.low[j].w, k.high[j].w};
+        multiply<T>(d, even_a, q.x, q.y);
+        multiply<T>(odd, odd_a, q.z, q.w);
+    }
 #pragma unroll
     for (uint32_t i = 0; i < 4; i++)
-        m->exact[slot][t.lane / 4 + i / 2 * 8][t.lane % 4 * 2 + i % 2] = d[i] * (a.policy.scale * LOG2E);
-    __syncwarp();
+        d[i] += odd[i];
 }
 
-/* The shares of all blocks into biases. */
-static __device__ __forceinline__ void biases_join(const struct cuda_attend &a, const struct team &t, struct team_shared *m,
-                                                   struct stream &stream, uint32_t fitted)
+/* Sixteen rows' scores join a warp's shares of columns 2 (lane % 4) and + 1. */
+static __device__ __forceinline__ void shares_join(const float (&d)[4], float scale, const struct ends &e, uint32_t first,
+                                                   uint32_t lane, struct team_shared::share (&mine)[2])
 {
-    uint32_t kind = t.lane / HEADS, head = t.lane % HEADS; /* a warp has a block's words */
-    if (t.warp < t.size && kind < 3 && head < t.group)
-        ((float *)&m->gathered[t.warp][head])[kind] = __uint_as_float(take_word(t, bias_words(t) + t.warp * WARP + t.lane));
-    __syncwarp();
-    if (!stream_long(stream))
-        stream_fill(a, t, stream, 0), stream_fill(a, t, stream, 1);
-    __syncthreads();
-    if (t.warp < t.group) {
-        const struct team_shared::share none = {NOTHING, 0, 0};
-        struct team_shared::share r = share_merge(t.lane < t.size ? m->gathered[t.lane][t.warp] : none);
-        float bias = fitted ? r.shift / (float)fitted - (r.max + log2f(r.sum)) : 0.0f;
-        bias = isfinite(bias) ? bias : 0.0f;
-        if (t.lane == 0) {
-            m->bias[t.warp] = bias;
-            if (t.part == 0)
-                a.work.biases[t.q_head + t.warp] = bias;
-        }
-    }
-    __syncthreads();
-}
-
-/* Tiles of sinks and recent tokens are dealt out to the blocks; in a block the upper warps take them while the lower ones
- * weigh, then each tile is estimated by two warps: a lane has a row and, of each four heads, one. The stream of signatures
- * begins when all that this waits for has been read. */
-template <typename T, uint32_t DIM, uint32_t SETS>
-static __device__ __forceinline__ void biases_share(const struct cuda_attend &a, const struct team &t, struct team_shared *m,
-                                                    struct weigh_shared<HEADS> *w, const struct span &span,
-                                                    struct stream &stream, unsigned char *scratch)
-{
-    uint32_t recent = span.visible - span.last, total = span.first + recent, tiles = PKV_DIV_UP(total, TILE_ROWS);
-    uint32_t own = t.part < tiles ? (tiles - t.part + t.size - 1) / t.size : 0, row = t.lane % TILE_ROWS;
-    uint32_t slot = t.warp % END_TILES, h0 = t.warp / END_TILES * 2 + t.lane / TILE_ROWS;
-    struct team_shared::share mine[SETS];
 #pragma unroll
-    for (uint32_t i = 0; i < SETS; i++)
-        mine[i] = {NOTHING, 0, 0};
+    for (uint32_t c = 0; c < 2; c++) {
+        float most = NOTHING, sum = 0, shift = 0;
+#pragma unroll
+        for (uint32_t r = 0; r < 2; r++) {
+            uint32_t row = first + lane / 4 + 8 * r;
+            float score = d[c + 2 * r] * scale;
+            most = row < e.count ? fmaxf(most, score) : most;
+            shift += row < e.count && row >= e.fitted_from ? score : 0.0f;
+        }
+#pragma unroll
+        for (uint32_t s = 4; s < WARP; s *= 2)
+            most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, s));
+        most = fmaxf(most, mine[c].max);
+#pragma unroll
+        for (uint32_t r = 0; r < 2; r++)
+            sum += first + lane / 4 + 8 * r < e.count ? exp2_fast(d[c + 2 * r] * scale - most) : 0.0f;
+#pragma unroll
+        for (uint32_t s = 4; s < WARP; s *= 2) {
+            sum += __shfl_xor_sync(ALL_LANES, sum, s);
+            shift += __shfl_xor_sync(ALL_LANES, shift, s);
+        }
+        mine[c].sum = mine[c].sum * exp2_fast(mine[c].max - most) + sum;
+        mine[c].max = most, mine[c].shift += shift;
+    }
+}
+
+template <typename T, uint32_t DIM>
+static __device__ __forceinline__ void ends_share(const struct team_call &call, const struct team &t, struct team_shared *m,
+                                                  const struct ends &e, struct end_keys<DIM> &k)
+{
+    struct team_shared::share mine[2] = {{NOTHING, 0, 0}, {NOTHING, 0, 0}};
 #pragma unroll 1
-    for (uint32_t begin = 0; begin == 0 || begin < own; begin += END_TILES) {
-        uint32_t first = (t.part + (begin + slot) * t.size) * TILE_ROWS;
-        bool there = begin + slot < own;
-        if (begin == 0 && t.warp < t.group)
-            weigh_head<DIM / WARP>(a, w, t.head, t.q_head, t.warp, t.lane);
-        else if (t.warp >= END_TILES && there)
-            ends_tile<T, DIM>(a, t, m, span, first, min(TILE_ROWS, total - first), slot,
-                              scratch + slot * TILE_ROWS * tile_shape<T, DIM>::KEYS);
-        __syncthreads();
-        if (begin == 0 && stream_long(stream))
-            stream_fill(a, t, stream, 0), stream_fill(a, t, stream, 1);
-#pragma unroll
-        for (uint32_t i = 0; i < SETS; i++) {
-            uint32_t h = h0 + 4 * i, n = first + row;
-            bool valid = there && n < total && h < t.group;
-            struct team_shared::share x = {NOTHING, 0, 0};
-            if (valid)
-                x = {m->exact[slot][row][h], 1.0f, 0};
-            if (valid && (n >= span.first || !recent))
-                x.shift = x.max - (float)estimate(w, *(const uint4 *)m->signature[slot][row], h) * w->scale[h];
-            x = share_merge(x);
-            share_join(mine[i], x.max, x.sum, x.shift);
-        }
-        if (begin + END_TILES < own)
-            __syncthreads();
+    for (uint32_t first = t.warp * TILE_ROWS; first < e.count;) {
+        float d[4];
+        ends_score<T, DIM>(k, (uint32_t)__cvta_generic_to_shared(m->queries), t.lane, d);
+        shares_join(d, call.a.policy.scale * LOG2E, e, first, t.lane, mine);
+        first += WARPS * TILE_ROWS;
+        end_keys_load<T, DIM>(call, t, e, first, end_entries_load(t, e, first), k);
     }
+    if (t.lane < 4)
+        m->shares[t.warp][t.lane * 2] = mine[0], m->shares[t.warp][t.lane * 2 + 1] = mine[1];
+}
+
+/* ---- estimates ---- */
+
+/* Of fitted tokens four at a time, aligned: one word of their signatures is sixteen bytes. */
+struct fitted {
+    uint32_t begin, end, first, count; /* tokens; of fours */
+};
+
+static __device__ __forceinline__ struct fitted fitted_of(const struct ends &e)
+{
+    uint32_t begin = end_token(e, e.fitted_from), end = begin + e.count - e.fitted_from;
+    return {begin, end, begin / 4, end > begin ? (end - 1) / 4 - begin / 4 + 1 : 0};
+}
+
+static __device__ __forceinline__ uint64_t fitted_entry(const struct team &t, const struct fitted &f, uint32_t i)
+{
+    return i < f.count ? t.blocks[(f.first + i) / 16].signatures : 0;
+}
+
+static __device__ __forceinline__ uint4 fitted_load(const struct team_call &call, const struct team &t, const struct fitted &f,
+                                                    uint32_t i, uint64_t entry, uint32_t word)
+{
+    if (!entry)
+        return make_uint4(0, 0, 0, 0);
+    uint32_t at = ((t.head * 16 + (f.first + i) % 16) * call.words + word) * 16;
+    return *(const uint4 *)(address_of(call.a, entry, call.signatures_slot) + at);
+}
+
+/* Tokens that are not fitted count for nothing. */
+static __device__ __forceinline__ void fitted_only(const struct fitted &f, uint32_t i, uint4 &v)
+{
+    uint32_t token = (f.first + i) * 4;
+    v.x = token >= f.begin ? v.x : 0, v.y = token + 1 >= f.begin && token + 1 < f.end ? v.y : 0;
+    v.z = token + 2 >= f.begin && token + 2 < f.end ? v.z : 0, v.w = token + 3 < f.end ? v.w : 0;
+    v.x = token < f.end ? v.x : 0, v.w = token + 3 >= f.begin ? v.w : 0;
+}
+
+/* A warp has a word of a head's weights: digits for the scan, and the sum of the weights of all bits that fitted tokens have
+ * there. Of a fragment's rows each holds four tokens' words, of B's columns each a bit plane. The first word's tokens are on
+ * their way. */
+template <uint32_t SETS>
+static __device__ __forceinline__ void words_take(const struct team_call &call, const struct team &t, struct team_shared *m,
+                                                  const struct weigh_shared<HEADS> *w, const struct fitted &f,
+                                                  const uint4 (&ahead)[2])
+{
+#pragma unroll 1
+    for (uint32_t task = t.warp; task < SETS * 4 * call.words; task += WARPS) {
+        uint32_t h = task % (SETS * 4), word = task / (SETS * 4), own = 0;
+        if (h >= t.group)
+            continue;
+        int weight = w->weights[h][word * WARP + t.lane], sum = 0;
 #pragma unroll
-    for (uint32_t i = 0; i < SETS; i++)
-        if (row == 0)
-            m->shares[t.warp][t.lane / TILE_ROWS][i] = mine[i];
-    __syncthreads();
-    if (threadIdx.x < t.group) {
-        uint32_t h = threadIdx.x;
-        struct team_shared::share r = {NOTHING, 0, 0};
-        for (uint32_t s = 0; s < min(own, END_TILES); s++) {
-            struct team_shared::share x = m->shares[h % 4 / 2 * END_TILES + s][h % 2][h / 4];
-            share_join(r, x.max, x.sum, x.shift);
+        for (uint32_t p = 0; p < 8; p++) {
+            uint32_t plane = __ballot_sync(ALL_LANES, weight >> p & 1);
+            own = t.lane / 4 == p ? plane : own;
         }
-        uint64_t *to = bias_words(t) + t.part * WARP + h;
-        put_word(t, to, __float_as_uint(r.max));
-        put_word(t, to + HEADS, __float_as_uint(r.sum));
-        put_word(t, to + 2 * HEADS, __float_as_uint(r.shift));
+        digits_write(weight, t.lane, m->digits[h * call.words + word]);
+#pragma unroll 1
+        for (uint32_t i = t.lane; i < PKV_ALIGN_UP(f.count, WARP); i += WARP) {
+            bool first = task == t.warp && i < 2 * WARP;
+            uint4 v = first ? i < WARP ? ahead[0] : ahead[1] : fitted_load(call, t, f, i, fitted_entry(t, f, i), word);
+            int d[4] = {0, 0, 0, 0};
+            fitted_only(f, i, v);
+            common_bits(d, v.x, v.y, own, d);
+            common_bits(d, v.z, v.w, own, d);
+            int even = d[0] + d[2], odd = d[1] + d[3], shift = t.lane % 4 * 2;
+            sum += (even << shift) + (shift == 6 ? -(odd << 7) : odd << (shift + 1));
+        }
+        sum = __reduce_add_sync(ALL_LANES, sum);
+        if (t.lane == 0)
+            m->estimates[h][word] = sum;
+        if (!w->write)
+            continue;
+        call.a.work.weights[(t.q_head + h) * call.a.geom.sig_bits + word * WARP + t.lane] = (int8_t)weight;
+        if (t.lane % 4 == 0)
+            call.a.work.planes[((t.q_head + h) * 8 + t.lane / 4) * call.words + word] = own;
+    }
+}
+
+/* ---- all warps' shares into biases; one warp calls it ---- */
+
+template <uint32_t SETS>
+static __device__ __forceinline__ void biases_join(const struct team_call &call, const struct team &t, struct team_shared *m,
+                                                   const struct weigh_shared<HEADS> *w, const struct ends &e)
+{
+#pragma unroll
+    for (uint32_t set = 0; set < SETS; set++) {
+        uint32_t h = set * 4 + t.lane % 4;
+        const struct team_shared::share x = m->shares[t.lane / 4][h], y = m->shares[t.lane / 4 + 8][h];
+        float most = fmaxf(x.max, y.max), shift = x.shift + y.shift;
+#pragma unroll
+        for (uint32_t s = 4; s < WARP; s *= 2) {
+            most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, s));
+            shift += __shfl_xor_sync(ALL_LANES, shift, s);
+        }
+        float sum = x.sum * exp2_fast(x.max - most) + y.sum * exp2_fast(y.max - most);
+#pragma unroll
+        for (uint32_t s = 4; s < WARP; s *= 2)
+            sum += __shfl_xor_sync(ALL_LANES, sum, s);
+        if (t.lane >= 4 || h >= t.group)
+            continue;
+        int estimate = 0;
+        for (uint32_t i = 0; i < call.words; i++)
+            estimate += m->estimates[h][i];
+        float scale = w->scale[h], fitted = (float)(e.count - e.fitted_from);
+        float bias = __fdividef(shift - (float)estimate * scale, fitted) - (most + __log2f(sum));
+        bias = isfinite(bias) ? bias : 0.0f; /* there are no ends, or numbers that are none */
+        m->bias[h] = bias, m->scale[h] = scale;
+        if (t.part == 0)
+            call.a.work.biases[t.q_head + h] = bias;
+        if (w->write)
+            call.a.work.scales[t.q_head + h] = scale;
     }
 }
 

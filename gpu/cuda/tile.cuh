@@ -14,7 +14,6 @@
 
 template <typename T, uint32_t DIM> struct tile_shape {
     static constexpr uint32_t ROW = 2 * DIM * sizeof(T), PITCH = ROW + 16, BYTES = TILE_ROWS * PITCH, HALF = DIM * sizeof(T);
-    static constexpr uint32_t KEYS = HALF + 16;             /* pitch of a tile of keys alone */
     static constexpr uint32_t QUERY = DIM * sizeof(T) + 16; /* bytes between queries, so that lanes meet different banks */
 };
 
@@ -86,6 +85,13 @@ static __device__ __forceinline__ uint4 load_row_piece(uint64_t address)
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3},[%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(address));
+    return v;
+}
+
+static __device__ __forceinline__ uint4 load_shared_piece(uint32_t at)
+{
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
     return v;
 }
 
@@ -196,10 +202,11 @@ static __device__ __forceinline__ void tile_attend(uint32_t tile, uint32_t queri
     __syncwarp();
 }
 
-/* A warp's result: to [columns][RESULT_PITCH(DIM)], then maxima [TILE_COLUMNS], sums [TILE_COLUMNS]. */
+/* A warp's result: to [columns][RESULT_PITCH(DIM)]; maxima and sums of columns `stride` apart. */
 #define RESULT_PITCH(dim) ((dim) + 8) /* so that lanes meet different banks */
 template <uint32_t DIM, bool WIDE>
-static __device__ __forceinline__ void tile_result(struct tile_state<DIM> &s, float *to, uint32_t lane)
+static __device__ __forceinline__ void tile_result(struct tile_state<DIM> &s, float *to, float *maxima, float *sums,
+                                                   uint32_t stride, uint32_t lane)
 {
     uint32_t c = lane % 4 * 2, d = lane / 4;
     bool mine = WIDE || lane % 4 < 2;
@@ -220,10 +227,8 @@ static __device__ __forceinline__ void tile_result(struct tile_state<DIM> &s, fl
         }
     if (mine && d == 0)
 #pragma unroll
-        for (uint32_t i = 0; i < 2; i++) {
-            float *ends = to + TILE_COLUMNS * RESULT_PITCH(DIM) + c + i;
-            ends[0] = s.max[i], ends[TILE_COLUMNS] = s.sum[i];
-        }
+        for (uint32_t i = 0; i < 2; i++)
+            maxima[(c + i) * stride] = s.max[i], sums[(c + i) * stride] = s.sum[i];
 }
 
 #endif

@@ -14,6 +14,7 @@ template <uint32_t GROUP> struct __align__(16) weigh_shared
     float real[GROUP][2 * PKV_SIG_BITS_MAX]; /* rotated channels or a map's values, then real weights */
     float hidden[2][HIDDEN_MAX];
     uint32_t planes[GROUP][8][PKV_SIG_WORDS_MAX];
+    int8_t weights[GROUP][PKV_SIG_BITS_MAX];
     float unit[GROUP], scale[GROUP];
     uint32_t write; /* weights, planes and scales go to the work area too */
 };
@@ -163,6 +164,7 @@ static __device__ void write_planes(const struct cuda_attend &a, M *m, uint64_t 
                                     uint32_t lane)
 {
     uint32_t own = 0;
+    m->weights[h][w * WARP + lane] = (int8_t)weight;
 #pragma unroll
     for (uint32_t p = 0; p < 8; p++) {
         uint32_t plane = __ballot_sync(ALL_LANES, weight >> p & 1);

@@ -1,0 +1,283 @@
+/* A team's choice: every block finds the threshold for itself and takes the rows that it has chosen; what is too much for a
+ * block goes to those that have fewer, by words. */
+#ifndef GPU_CUDA_TEAM_CHOOSE_CUH
+#define GPU_CUDA_TEAM_CHOOSE_CUH
+
+#include "gpu/cuda/choose.cuh"
+#include "gpu/cuda/rows.cuh"
+#include "gpu/cuda/team_bias.cuh"
+
+#if __CUDA_ARCH__ >= 900
+
+static __device__ __forceinline__ uint16_t *choose_groups(struct choose_memory *c)
+{
+    return (uint16_t *)(c + 1);
+}
+
+/* Rows beside the ends that a block attends at most: what its warps take in a turn, if that leaves room for unevenness. */
+static __device__ __forceinline__ uint32_t rows_most(const struct cuda_attend &a, uint32_t size)
+{
+    uint32_t ends = PKV_DIV_UP(a.policy.sinks + a.policy.recent, size), mean = PKV_DIV_UP(a.policy.k, size);
+    uint32_t turn = (a.geom.head_dim > 128 ? WARPS / 2 : WARPS) * TILE_ROWS;
+    return min(PKV_ALIGN_UP(mean + mean / 4 + ends, turn), ROWS) - ends;
+}
+
+/* ---- the threshold ---- */
+
+/* The block's suffix sums are in m->counts. */
+static __device__ __forceinline__ void counts_send(const struct team &t, const struct team_shared *m)
+{
+    if (t.warp == 0) {
+        const uint32_t *from = m->counts + t.window + t.lane * 2;
+        put_word(t, window_words(t) + t.part * WINDOW_WORDS + t.lane, from[0], from[1], from[2]);
+    } else if (t.warp == 1) {
+        const uint32_t *from = m->counts + t.lane * 64;
+        put_word(t, coarse_words(t) + t.part * COARSE_WORDS + t.lane, from[0], from[32], t.lane < 31 ? from[64] : 0);
+    }
+}
+
+/* What is too much for a block goes to those that have fewer than the mean. Sixteen lanes have a block's counts each. */
+static __device__ __noinline__ struct team_shared::plan spill_plan(struct team_shared::plan p, uint32_t size, uint32_t part,
+                                                                   uint32_t mask, uint32_t greater, uint32_t equal, uint32_t k,
+                                                                   uint32_t most)
+{
+    uint32_t lane = threadIdx.x % 16, sum = equal, mean = PKV_DIV_UP(k, size);
+    for (uint32_t d = 1; d < 16; d *= 2) {
+        uint32_t other = __shfl_up_sync(mask, sum, d, 16);
+        sum += lane >= d ? other : 0;
+    }
+    uint32_t before = sum - equal, chosen = greater + min(equal, p.ties > before ? p.ties - before : 0),
+             keep = min(chosen, most);
+    uint32_t spill = chosen - keep, room = lane < size && keep < mean ? mean - keep : 0;
+    uint32_t spilled = spill, rooms = room;
+    for (uint32_t d = 1; d < 16; d *= 2) {
+        uint32_t a = __shfl_up_sync(mask, spilled, d, 16), b = __shfl_up_sync(mask, rooms, d, 16);
+        spilled += lane >= d ? a : 0, rooms += lane >= d ? b : 0;
+    }
+    uint32_t all = __shfl_sync(mask, spilled, 15, 16);
+    p.spill_first = __shfl_sync(mask, spilled - spill, part, 16), p.take_first = __shfl_sync(mask, rooms - room, part, 16);
+    p.take = min(__shfl_sync(mask, room, part, 16), all > p.take_first ? all - p.take_first : 0);
+    return p;
+}
+
+/* Sums of all blocks' counts; whoever has those between which the k-th best lies leaves the plan in m. `step` codes are from
+ * one count to the next. Ends with a barrier. */
+static __device__ __forceinline__ void threshold_find(const struct team &t, struct team_shared *m, const struct word *words,
+                                                      uint32_t each, uint32_t first, uint32_t step, uint32_t k, uint32_t most)
+{
+    uint32_t part = threadIdx.x % TEAM_MAX, i = threadIdx.x / TEAM_MAX, mask = t.lane < 16 ? 0xffffu : 0xffff0000u;
+    struct word w = {0, 0, 0, 0};
+    if (part < t.size && i < each)
+        w = take_word(t, words + part * each + i);
+    uint32_t x = w.x, y = w.y, z = w.z;
+    __syncwarp();
+#pragma unroll
+    for (uint32_t s = 8; s; s /= 2) {
+        x += __shfl_xor_sync(ALL_LANES, x, s);
+        y += __shfl_xor_sync(ALL_LANES, y, s);
+        z += __shfl_xor_sync(ALL_LANES, z, s);
+    }
+    if (x >= k && z < k) {
+        bool second = y >= k;
+        uint32_t greater = second ? w.z : w.y, equal = (second ? w.y : w.x) - greater;
+        uint32_t before_greater = part < t.part ? greater : 0, before_equal = part < t.part ? equal : 0;
+#pragma unroll
+        for (uint32_t s = 8; s; s /= 2) {
+            before_greater += __shfl_xor_sync(mask, before_greater, s);
+            before_equal += __shfl_xor_sync(mask, before_equal, s);
+        }
+        struct team_shared::plan p = {1, first + (i * 2 + second) * step, k - (second ? z : y), before_greater, before_equal};
+        p.keep = min(greater + min(equal, p.ties > before_equal ? p.ties - before_equal : 0), most);
+        if (__any_sync(mask, greater + equal > most))
+            p = spill_plan(p, t.size, t.part, mask, greater, equal, k, most);
+        if (part == t.part)
+            m->plan = p;
+    }
+    __syncthreads();
+}
+
+/* The window was a bad guess: the coarse counts say in which bucket of 32 codes to look. */
+static __device__ __noinline__ void threshold_search(const struct team t, struct team_shared *m, uint32_t k, uint32_t most)
+{
+    __syncthreads(); /* all have seen that there is no plan */
+    threshold_find(t, m, coarse_words(t), COARSE_WORDS, 0, 32, k, most);
+    uint32_t first = m->plan.code;
+    if (t.warp == 0 && t.lane < FINE_WORDS) {
+        const uint32_t *from = m->counts + first + t.lane * 2;
+        put_word(t, fine_words(t) + t.part * FINE_WORDS + t.lane, from[0], from[1], from[2]);
+    }
+    __syncthreads();
+    threshold_find(t, m, fine_words(t), FINE_WORDS, first, 1, k, most);
+}
+
+/* ---- rows ---- */
+
+static __device__ __noinline__ uint64_t row_cached(const struct cuda_attend &a, const struct list_of l, uint32_t token,
+                                                   uint64_t address, uint32_t *outcomes)
+{
+    uint64_t found = cache_find(a, l, token);
+    atomicAdd(outcomes + (found ? CUDA_HITS : CUDA_MISSES), 1u);
+    return found ? found : address;
+}
+
+static __device__ __forceinline__ void row_kept(const struct cuda_attend &a, const struct team &t, uint32_t to, uint32_t token,
+                                                uint64_t address, uint32_t code)
+{
+    uint64_t list = (uint64_t)t.list * cuda_rows_max(&a.policy);
+    a.work.index[list + to] = token, a.work.address[list + to] = address, a.work.scores[list + to] = (uint16_t)code;
+}
+
+/* This block's part of the ends. */
+static __device__ __forceinline__ uint32_t ends_take(const struct team_call &call, const struct team &t,
+                                                     const struct list_of &l, const struct ends &e, struct team_rows *r,
+                                                     uint32_t k, uint32_t *outcomes)
+{
+    uint32_t each = (e.count + t.size - 1) / t.size, begin = min(t.part * each, e.count), count = min(each, e.count - begin);
+    for (uint32_t i = threadIdx.x; i < count; i += THREADS) {
+        uint32_t token = end_token(e, begin + i);
+        uint64_t place = t.blocks[token / PKV_BLOCK_TOKENS].rows;
+        uint64_t address =
+            address_of(call.a, place, call.rows_slot) + pkv_geom_row_offset(&call.a.geom, t.head, token % PKV_BLOCK_TOKENS);
+        if (l.cached && pkv_place_tier(place) == PKV_TIER_ARENA)
+            address = row_cached(call.a, l, token, address | FETCHED, outcomes);
+        r->address[i] = address, r->token[i] = token;
+        if (call.a.flags & CUDA_KEEP)
+            row_kept(call.a, t, begin + i < e.first ? begin + i : begin + i + k, token, address, 0);
+    }
+    return count;
+}
+
+/* Groups of eight tokens of this warp's share of the part that reach the threshold, in order; returns how many. */
+static __device__ __forceinline__ uint32_t groups_find(const struct team &t, const uint16_t *codes, uint32_t first,
+                                                       uint32_t last, uint32_t code, uint16_t *groups)
+{
+    uint32_t found = 0;
+#pragma unroll 1
+    for (uint32_t at = first; at < last; at += 1024) {
+        uint4 v[4];
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++) {
+            uint32_t mine = at + i * 256 + t.lane * 8;
+            v[i] = mine < last ? *(const uint4 *)(codes + mine) : make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++) {
+            bool hit = most_of(v[i]) >= code;
+            uint32_t hits = __ballot_sync(ALL_LANES, hit);
+            if (hit)
+                groups[found + __popc(hits & ((1u << t.lane) - 1))] = (uint16_t)((at + i * 256) / 8 + t.lane);
+            found += __popc(hits);
+        }
+    }
+    __syncwarp();
+    return found;
+}
+
+/* A token of those groups that this lane has, four groups at a time: its code, 0 where there is none. */
+static __device__ __forceinline__ uint32_t group_token(const uint16_t *codes, const uint16_t *groups, uint32_t i,
+                                                       uint32_t found, uint32_t lane, uint32_t *ret_token)
+{
+    uint32_t group = i + lane / 8 < found ? groups[i + lane / 8] : 0;
+    *ret_token = group * 8 + lane % 8;
+    return i + lane / 8 < found ? codes[*ret_token] : 0;
+}
+
+/* The tokens that this part has chosen, in their order: to the block's rows, behind its `ends`, or to the words where others
+ * find them. `groups`: this warp's `found` that have some. */
+static __device__ __forceinline__ void rows_write(const struct team_call &call, const struct team &t, const struct list_of &l,
+                                                  struct team_shared *m, struct choose_memory *c, struct team_rows *r,
+                                                  const uint16_t *codes, const uint16_t *groups, uint32_t found, uint32_t begin,
+                                                  uint32_t ends, uint32_t sinks)
+{
+    const struct team_shared::plan p = m->plan;
+    const uint64_t *places = (const uint64_t *)((unsigned char *)m + call.at.places);
+    uint32_t greater = 0, equal = 0, token, before = (1u << t.lane) - 1, bytes = 4 * call.a.geom.head_dim;
+#pragma unroll 4
+    for (uint32_t i = 0; i < found; i += 4) {
+        uint32_t code = group_token(codes, groups, i, found, t.lane, &token);
+        greater += __popc(__ballot_sync(ALL_LANES, code > p.code)), equal += __popc(__ballot_sync(ALL_LANES, code == p.code));
+    }
+    if (t.lane == 0)
+        c->all.greater[t.warp] = greater, c->all.equal[t.warp] = equal;
+    __syncthreads();
+    uint32_t g = p.before_greater + __reduce_add_sync(ALL_LANES, t.lane < t.warp ? c->all.greater[t.lane % WARPS] : 0);
+    uint32_t e = p.before_equal + __reduce_add_sync(ALL_LANES, t.lane < t.warp ? c->all.equal[t.lane % WARPS] : 0);
+    uint32_t first = p.before_greater + min(p.before_equal, p.ties);
+#pragma unroll 1
+    for (uint32_t i = 0; i < found; i += 4) {
+        uint32_t code = group_token(codes, groups, i, found, t.lane, &token);
+        uint32_t above = __ballot_sync(ALL_LANES, code > p.code), at = __ballot_sync(ALL_LANES, code == p.code);
+        uint32_t own = e + __popc(at & before), to = g + __popc(above & before) + min(own, p.ties), n = to - first;
+        if (code > p.code || (code == p.code && own < p.ties)) {
+            uint64_t address = places[token / PKV_BLOCK_TOKENS] + token % PKV_BLOCK_TOKENS * bytes;
+            token += begin * PKV_BLOCK_TOKENS;
+            if (address & FETCHED)
+                address = row_cached(call.a, l, token, address, m->outcomes);
+            if (n < p.keep)
+                r->address[ends + n] = address, r->token[ends + n] = token;
+            else
+                put_word(t, row_words(t) + p.spill_first + n - p.keep, (uint32_t)address, (uint32_t)(address >> 32), token);
+            if (call.a.flags & CUDA_KEEP)
+                row_kept(call.a, t, sinks + to, token, address, code);
+        }
+        g += __popc(above), e += __popc(at);
+    }
+}
+
+/* Top-p needs all counts of all blocks. */
+static __device__ __noinline__ uint32_t budget_take(const struct cuda_attend &a, struct team t, struct choose_shared *c,
+                                                    uint4 sums)
+{
+    uint32_t *counts = a.work.counts + (uint64_t)t.list * t.size * CUDA_COUNTS;
+    write_counts(sums, counts + t.part * CUDA_COUNTS);
+    team_gate(t);
+    budget(a, c, counts, t.size, a.policy.k);
+    return c->k;
+}
+
+/* Returns how many are chosen beside the ends; r has `count` rows for this block then. */
+static __device__ __forceinline__ uint32_t choose(const struct team_call &call, struct team &t, struct team_shared *m,
+                                                  struct choose_memory *c, struct team_rows *r, const struct span &span,
+                                                  const struct list_of &l, const struct stream &s, const uint16_t *codes,
+                                                  uint32_t *count)
+{
+    const struct cuda_attend &a = call.a;
+    uint32_t k = a.policy.k, tokens = (s.end - s.begin) * PKV_BLOCK_TOKENS;
+    uint4 sums = suffix_sums(m->counts, m->warp_sums);
+    ((uint4 *)m->counts)[threadIdx.x] = sums;
+    __syncthreads();
+    counts_send(t, m);
+    if (a.policy.top_p > 0) {
+        k = budget_take(a, t, &c->all, sums);
+        t.arrivals += t.size; /* its gate */
+    }
+    uint32_t ends = ends_take(call, t, l, ends_of(span), r, k, m->outcomes);
+    if (a.flags & CUDA_KEEP)
+        for (uint32_t i = threadIdx.x; i < tokens; i += THREADS)
+            a.work.codes[t.list * codes_stride(a) + s.begin * PKV_BLOCK_TOKENS + i] = codes[i];
+    *count = ends;
+    if (k) {
+        uint32_t per = PKV_ALIGN_UP(PKV_DIV_UP(tokens, WARPS), 32u), first = min(t.warp * per, tokens);
+        uint32_t last = min(first + per, tokens), most = rows_most(a, t.size);
+        uint16_t *groups = choose_groups(c) + first / 8;
+        threshold_find(t, m, window_words(t), WINDOW_WORDS, t.window, 1, k, most);
+        if (!m->plan.found)
+            threshold_search(t, m, k, most);
+        uint32_t found = groups_find(t, codes, first, last, m->plan.code, groups);
+        rows_write(call, t, l, m, c, r, codes, groups, found, s.begin, ends, span.first);
+        if (t.part == 0 && threadIdx.x == 0)
+            *t.hint = m->plan.code;
+        uint32_t at = ends + m->plan.keep, take = m->plan.take;
+        for (uint32_t i = threadIdx.x; i < take; i += THREADS) {
+            struct word w = take_word(t, row_words(t) + m->plan.take_first + i);
+            r->address[at + i] = (uint64_t)w.y << 32 | w.x, r->token[at + i] = w.z;
+        }
+        *count = at + take;
+    }
+    __syncthreads(); /* the codes' memory is used again */
+    return k;
+}
+
+#endif /* architecture */
+
+#endif

@@ -1,0 +1,99 @@
+/* A team's weights: each block makes them for itself. Those of `sign` in registers, a warp a head, from what it has read while
+ * the launch before ends; the other schemes as in weigh.cuh, out of the way. */
+#ifndef GPU_CUDA_TEAM_WEIGH_CUH
+#define GPU_CUDA_TEAM_WEIGH_CUH
+
+#include "gpu/cuda/team_scan.cuh"
+
+#if __CUDA_ARCH__ >= 900
+
+template <uint32_t DIM> struct sign_query {
+    static constexpr uint32_t PER = DIM / WARP, BASES = DIM == 64 ? 2 : 1;
+    struct rotation<PER> turn[BASES];
+    float spread[TEAM_SIG_WORDS], x[PER];
+};
+
+static __device__ __forceinline__ bool weighs_signs(const struct cuda_attend &a, const struct team &t)
+{
+    return !a.weighed && a.scheme.kind == PKV_SCHEME_SIGN && t.warp < t.group;
+}
+
+/* What does not change as long as the scheme is used. */
+template <uint32_t DIM>
+static __device__ __forceinline__ void sign_load(const struct cuda_attend &a, const struct team &t, struct sign_query<DIM> &s)
+{
+    const float *deviation = a.scheme.deviation + ((uint64_t)a.layer * a.geom.kv_heads + t.head) * a.geom.sig_bits;
+#pragma unroll
+    for (uint32_t b = 0; b < s.BASES; b++)
+        if (b == 0 || b < a.scheme.bases)
+            rotation_load(s.turn[b], a.scheme.signs + 2ull * b * DIM, t.lane);
+#pragma unroll
+    for (uint32_t i = 0; i < TEAM_SIG_WORDS; i++)
+        s.spread[i] = i < pkv_geom_words(&a.geom) ? __ldg(deviation + i * WARP + t.lane) : 0.0f;
+}
+
+template <typename T, uint32_t DIM>
+static __device__ __forceinline__ void sign_query_load(const struct cuda_attend &a, const struct team &t,
+                                                       struct sign_query<DIM> &s)
+{
+    const T *q = (const T *)a.q + (t.q_head + t.warp) * DIM;
+#pragma unroll
+    for (uint32_t j = 0; j < s.PER; j++)
+        s.x[j] = to_float(q[j * WARP + t.lane]);
+}
+
+/* weigh_sign() of a head, the same operations in the same order: the query's channels become its real weights. */
+template <uint32_t DIM>
+static __device__ __forceinline__ void sign_turn(const struct team_call &call, struct sign_query<DIM> &s)
+{
+#pragma unroll
+    for (uint32_t b = s.BASES; b-- > 0;)
+        if (b == 0 || b < call.a.scheme.bases) {
+            float x[s.PER];
+#pragma unroll
+            for (uint32_t j = 0; j < s.PER; j++)
+                x[j] = s.x[j];
+            rotate(x, s.turn[b]);
+#pragma unroll
+            for (uint32_t j = 0; j < s.PER && b * s.PER + j < TEAM_SIG_WORDS; j++)
+                s.spread[b * s.PER + j] = __fmul_rn(__fmul_rn(x[j], rotation_norm(DIM)), s.spread[b * s.PER + j]);
+        }
+}
+
+/* quantize(), likewise. */
+template <uint32_t DIM>
+static __device__ __forceinline__ void sign_quantize(const struct team_call &call, const struct team &t,
+                                                     struct weigh_shared<HEADS> *w, const struct sign_query<DIM> &s)
+{
+    uint32_t most = 0;
+#pragma unroll
+    for (uint32_t i = 0; i < TEAM_SIG_WORDS; i++)
+        most = i < call.words ? max(most, __float_as_uint(fabsf(s.spread[i]))) : most; /* in the order of the numbers */
+    float top = __uint_as_float(__reduce_max_sync(ALL_LANES, most));
+    float step = isfinite(top) && top > 0 ? __fdiv_rn(127.0f, top) : 0.0f;
+#pragma unroll
+    for (uint32_t i = 0; i < TEAM_SIG_WORDS; i++)
+        if (i < call.words)
+            w->weights[t.warp][i * WARP + t.lane] = (int8_t)(step > 0 ? __float2int_rn(__fmul_rn(s.spread[i], step)) : 0);
+    if (t.lane == 0)
+        w->scale[t.warp] = step > 0 ? __fdiv_rn(call.unit, step) : 0.0f;
+}
+
+/* Of the other schemes, or given by the caller; all threads call it. */
+template <typename T, uint32_t DIM>
+static __device__ __noinline__ void other_weigh(const struct cuda_attend &a, uint32_t head, uint32_t group, uint64_t q_head,
+                                                struct weigh_shared<HEADS> *w)
+{
+    const T *q = (const T *)a.q + q_head * DIM;
+    for (uint32_t i = threadIdx.x; i < group * DIM; i += THREADS)
+        w->q[i / DIM][i % DIM] = to_float(q[i]);
+    __syncthreads();
+    apply_maps(a, w, head);
+    uint32_t warp = threadIdx.x / WARP;
+    if (warp < group)
+        weigh_head<DIM / WARP>(a, w, head, q_head, warp, threadIdx.x % WARP);
+}
+
+#endif /* architecture */
+
+#endif
