@@ -6,7 +6,7 @@
 
 PKV_EXTERN_C_BEGIN
 
-/* Reads `rows` rows of `row_bytes` (a multiple of 512, or 256) that lie in [from, from + span), in ascending order: runs of
+/* Reads `rows` rows of `row_bytes` (a multiple of 16) that lie in [from, from + span), in ascending order: runs of
  * `run` neighbours, each run somewhere in its own equal part of the span. A warp a row. */
 struct cuda_probe {
     const void *from;
