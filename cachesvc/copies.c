@@ -71,7 +71,7 @@ static struct courier *courier_of(struct daemon *d, uint64_t place)
     return NULL;
 }
 
-void copies_act(struct daemon *d, const struct core_action *a)
+void copies_act(struct daemon *d, const struct core_action *a, uint64_t now_ns)
 {
     struct copy_job *c = malloc(sizeof(*c));
     if (!c) {
@@ -85,7 +85,7 @@ void copies_act(struct daemon *d, const struct core_action *a)
                            .to = memory_address(&d->memory, a->to, a->bytes),
                            .from = memory_address(&d->memory, a->from, a->bytes),
                            .bytes = a->bytes,
-                           .begin_ns = daemon_now_ns()};
+                           .begin_ns = now_ns};
     struct courier *source = courier_of(d, a->from), *target = courier_of(d, a->to);
     if (!source && !target) {
         mover_submit(&d->copies, &c->job);
@@ -96,7 +96,13 @@ void copies_act(struct daemon *d, const struct core_action *a)
                                                  : !source ? GPU_TO_DEVICE
                                                            : GPU_ON_DEVICE,
                                     .copy = {.to = c->to, .from = c->from, .bytes = c->bytes}};
-    courier_submit(source ? source : target, &c->carry);
+    courier_stage(source ? source : target, &c->carry);
+}
+
+void copies_flush(struct daemon *d)
+{
+    for (uint32_t i = 0; i < d->devices.count; i++)
+        courier_flush(&d->couriers[i]);
 }
 
 int copies_start(struct daemon *d, uint32_t threads)

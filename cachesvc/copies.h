@@ -9,6 +9,7 @@ int copies_start(struct daemon *daemon, uint32_t threads);
 /* Ends the threads; what is done is left to be reaped from daemon->copies. */
 void copies_stop(struct daemon *daemon);
 /* Answered by core_copied in a later turn. */
-void copies_act(struct daemon *daemon, const struct core_action *action);
+void copies_act(struct daemon *daemon, const struct core_action *action, uint64_t now_ns);
+void copies_flush(struct daemon *daemon); /* behind the last of several actions */
 
 #endif

@@ -103,15 +103,33 @@ void courier_stop(struct courier *c)
     c->started = false;
 }
 
-void courier_submit(struct courier *c, struct courier_job *job)
+void courier_stage(struct courier *c, struct courier_job *job)
 {
     job->next = NULL;
+    if (c->staged_first)
+        c->staged_last->next = job;
+    else
+        c->staged_first = job;
+    c->staged_last = job;
+}
+
+void courier_flush(struct courier *c)
+{
+    if (!c->staged_first)
+        return;
     pthread_mutex_lock(&c->lock);
     if (c->first)
-        c->last->next = job;
+        c->last->next = c->staged_first;
     else
-        c->first = job;
-    c->last = job;
+        c->first = c->staged_first;
+    c->last = c->staged_last;
     pthread_cond_signal(&c->more);
     pthread_mutex_unlock(&c->lock);
+    c->staged_first = NULL;
+}
+
+void courier_submit(struct courier *c, struct courier_job *job)
+{
+    courier_stage(c, job);
+    courier_flush(c);
 }

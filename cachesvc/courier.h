@@ -34,6 +34,7 @@ struct courier {
     pthread_mutex_t lock; /* of the queue; a leaf */
     pthread_cond_t more;
     struct courier_job *first, *last;
+    struct courier_job *staged_first, *staged_last; /* of the thread that submits */
     bool started, stop;
     struct courier_batch batches[COURIER_DEPTH]; /* a ring */
     uint32_t oldest, under_way;
@@ -47,5 +48,8 @@ int courier_start(struct courier *courier, struct gpu_device *device, uint64_t h
 /* Carries, or fails, what was submitted; then ends the thread. Of a courier that never started: nothing. */
 void courier_stop(struct courier *courier);
 void courier_submit(struct courier *courier, struct courier_job *job);
+/* The same in two steps, for many: one lock and one wake-up for all. */
+void courier_stage(struct courier *courier, struct courier_job *job);
+void courier_flush(struct courier *courier);
 
 #endif

@@ -33,9 +33,11 @@ static struct worker *worker_find(struct daemon *d, uint32_t id)
 void daemon_act(struct daemon *d)
 {
     struct core_action a;
+    uint64_t now = 0;
     while (core_next_action(d->core, &a)) {
         if (a.kind == CORE_COPY) {
-            copies_act(d, &a);
+            now = now ? now : daemon_now_ns();
+            copies_act(d, &a, now);
         } else if (a.kind == CORE_CHUNK_RESET) {
             if (memory_reset(&d->memory, a.tier, a.chunk))
                 loss_report(d, "no memory for a chunk that changes its tenant: somebody still holds the old one");
@@ -45,6 +47,7 @@ void daemon_act(struct daemon *d)
                 worker_complete(w, a.tag, a.err, a.value0, a.value1);
         }
     }
+    copies_flush(d);
 }
 
 /* ---- epochs ---- */
