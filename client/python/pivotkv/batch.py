@@ -11,8 +11,10 @@ layers finished. numpy only; transformers.py and vllm.py stand on it.
 """
 from __future__ import annotations
 
+import contextlib
 import errno
 from dataclasses import dataclass, field
+from typing import Callable, Iterator
 from typing import Sequence as ListOf
 
 import numpy as np
@@ -169,23 +171,42 @@ class Batch:
 
     def stream_step(self, layer: int, k: int, v: int, q: int, out: int, budget: Budget, stream: int) -> bool:
         """One new token of every row, in the caller's stream; addresses as Steps has them. True: the pass's last layer."""
-        try:
+        with self._taken_back():
             if not self._pass.layers:
-                if self._steps is None or self._steps.budget != budget:
-                    self._settle()
-                    self._steps = Steps(self.sequences, budget)
-                self._steps.begin(stream)
-                self._pass.stream = stream
+                self._stream_begin(budget, stream)
             self._steps.append(layer, k, v, stream)
             self._steps.attend(layer, q, out, stream)
             if len(self._pass.layers) == self.model.layers - 1:
                 self._steps.end(stream)
+        return self._done(layer)
+
+    def stream_pass(self, budget: Budget, stream: int, launch: Callable[[Steps], None]) -> None:
+        """A whole pass of one new token of every row; launch() brings all its layers into the caller's stream."""
+        self.begin([1] * len(self.sequences))
+        with self._taken_back():
+            self._stream_begin(budget, stream)
+            launch(self._steps)
+            self._steps.end(stream)
+        for layer in range(self.model.layers):
+            self._done(layer)
+
+    def _stream_begin(self, budget: Budget, stream: int) -> None:
+        if self._steps is None or self._steps.budget != budget:
+            self._settle()
+            self._steps = Steps(self.sequences, budget)
+        self._steps.begin(stream)
+        self._pass.stream = stream
+
+    @contextlib.contextmanager
+    def _taken_back(self) -> Iterator[None]:
+        """The pass, if it fails here."""
+        try:
+            yield
         except BaseException as error:
             if isinstance(error, Error) and error.errno == errno.EDOM and not self._pass.layers:
                 self._broken = error  # of an earlier step: rows have lost tokens that were counted
             self.take_back()
             raise
-        return self._done(layer)
 
     def _done(self, layer: int) -> bool:
         self._pass.layers.add(layer)

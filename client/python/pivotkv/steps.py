@@ -23,7 +23,7 @@ class Steps:
     def __init__(self, sequences: ListOf[Sequence], budget: Budget, cache_bytes: int = 0):
         self.connection, self.budget = sequences[0].model.connection, budget
         self._sequences, self._cache_bytes = list(sequences), cache_bytes
-        self._pointer = c.c_void_p()
+        self._pointer, self.opened = c.c_void_p(), 0  # how often: what was captured of an earlier time is of no use
         self._open()
 
     def _open(self) -> None:
@@ -31,6 +31,7 @@ class Steps:
         options = _library.BatchOptions(c.sizeof(_library.BatchOptions), 1, self._cache_bytes)
         self.connection.check(_lib.pkv_batch_open(handles, len(handles), c.byref(self.budget._struct()), c.byref(options),
                                                   c.byref(self._pointer)))
+        self.opened += 1
 
     def begin(self, stream: int) -> None:
         """Opens the batch again where the sequences' signatures are made in another way since the last step."""

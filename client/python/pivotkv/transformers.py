@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from typing import Any, Sequence as ListOf
+from typing import Any, Callable
+from typing import Sequence as ListOf
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from . import Budget, Connection
 from .batch import Batch, Tally, always_possible
 from .engine import DTYPES, numbers, rope_of
 from .groups import LayeredBatch, open_batch
-from .steps import on_gpu
+from .steps import Steps, on_gpu
 
 __all__ = ["Cache", "NAME"]
 
@@ -62,6 +63,8 @@ class _Store:
         self.batch, self.budget, self.prefill, self.decode_tokens, self.stream = batch, budget, prefill, decode_tokens, stream
         self.kept = np.zeros((0, 0), bool)  # [rows, columns]
         self.fresh = np.zeros((0, 0), bool)  # [rows, new columns] of the pass that runs
+        self.scale: float | None = None  # of the last attention
+        self.launching: Steps | None = None  # replay.py: a pass whose steps are open, or are being captured
 
     @property
     def columns(self) -> int:
@@ -90,6 +93,10 @@ class _Store:
                scale: float) -> torch.Tensor:
         """q, k, v [rows, heads, new, head_dim] -> [rows, new, q_heads, head_dim]; columns of padding come out as zeros."""
         rows, heads, new, dim = q.shape
+        if self.launching:
+            return _in_stream(q, k, v, lambda k, v, q, out, stream: (self.launching.append(layer, k, v, stream),
+                                                                     self.launching.attend(layer, q, out, stream)))
+        self.scale = scale
         if self.batch.needs(layer):
             self.begin(mask, rows, new)
         elif (rows, new) != self.fresh.shape:
@@ -109,14 +116,11 @@ class _Store:
         return result.to(q.device, q.dtype)
 
     def _stream_step(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """Arrays stay where they are. They may be freed at once: torch reuses memory in the order of its stream."""
-        out = torch.empty(q.shape[0], 1, *q.shape[1:2], q.shape[3], dtype=torch.float32, device=q.device)
-        k, v, q = (x[:, :, 0].contiguous() for x in (k, v, q))
-        stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
-        if self.batch.stream_step(layer, k.data_ptr(), v.data_ptr(), q.data_ptr(), out.data_ptr(),
-                                  always_possible(self.budget, scale), stream):
-            self.kept = np.concatenate([self.kept, self.fresh], axis=1)
-        return out.to(q.dtype)
+        def launch(*arrays):
+            if self.batch.stream_step(layer, *arrays[:4], always_possible(self.budget, scale), arrays[4]):
+                self.kept = np.concatenate([self.kept, self.fresh], axis=1)
+
+        return _in_stream(q, k, v, launch)
 
     def crop(self, columns: int) -> None:
         self.batch.truncate(self.kept[:, :columns].sum(axis=1).tolist())
@@ -129,6 +133,16 @@ class _Store:
     def clear(self) -> None:
         self.batch.clear()
         self.kept = np.zeros((0, 0), bool)
+
+
+def _in_stream(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, launch: Callable[..., Any]) -> torch.Tensor:
+    """launch(k, v, q, out, stream) with one new token's arrays where they are. They may be freed at once: torch reuses memory
+    in the order of its stream."""
+    out = torch.empty(q.shape[0], 1, *q.shape[1:2], q.shape[3], dtype=torch.float32, device=q.device)
+    k, v, q = (x[:, :, 0].contiguous() for x in (k, v, q))
+    launch(k.data_ptr(), v.data_ptr(), q.data_ptr(), out.data_ptr(),
+           torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0)
+    return out.to(q.dtype)
 
 
 class _Layer(CacheLayerMixin):
