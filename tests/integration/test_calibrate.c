@@ -453,6 +453,8 @@ static int step(struct pkv_batch *batch)
 static void test_batch(void **state)
 {
     (void)state;
+    if (on_gpu())
+        skip(); /* our arrays are the CPU's */
     struct worker w = worker("batch", 0, 2000);
     struct pkv_budget b = budget(K);
     struct pkv_batch *batch;

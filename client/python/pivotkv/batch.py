@@ -23,7 +23,7 @@ from . import Budget, Error, Model, Sequence
 from .steps import Steps
 
 QUERIES_MAX, SEQUENCES_MAX = 4096, 256  # of one attend: PKV_QUERIES_MAX, PKV_BATCH_MAX
-TEACHES = 16  # tokens of a call that calibrates a model
+TEACHES, TAUGHT = 16, 4096  # tokens of a call that calibrates a model; and of all of them, as far as it learns
 
 
 @dataclass
@@ -79,6 +79,7 @@ class _Lease:
 
     model: Model
     holders: int = 0
+    shown: dict[int, int] = field(default_factory=dict)  # queries of a layer that Batch.keep has shown
 
 
 @dataclass
@@ -156,18 +157,42 @@ class Batch:
 
     def step(self, layer: int, k: np.ndarray, v: np.ndarray, q: np.ndarray, budget: Budget) -> tuple[np.ndarray, bool]:
         """(out, whether this was the pass's last layer). See step() above for the arrays."""
-        counts = self._pass.counts
-        try:
-            self._settle()
+        with self._cut_back(layer):
             if self._taught and not budget.dense:  # what is selected must not depend on how fast that is
                 self.model.settle()
                 self._taught = False
-            out = step(self.model, self.sequences, counts, layer, k, v, q, budget, self.tally)
+            out = step(self.model, self.sequences, self._pass.counts, layer, k, v, q, budget, self.tally)
+        return out, self._done(layer)
+
+    def keep(self, layer: int, k: np.ndarray, v: np.ndarray, q_of: Callable[[int, int], np.ndarray]) -> bool:
+        """step() of a pass that the caller attends by itself. While the model may learn from queries, q_of(first, last) is
+        asked for some. True: the pass's last layer."""
+        at = 0
+        with self._cut_back(layer):
+            for sequence, count in zip(self.sequences, self._pass.counts):
+                teach = min(count, QUERIES_MAX) if self._lease.shown.get(layer, 0) < TAUGHT and count >= TEACHES else 0
+                if teach:
+                    sequence.append(layer, k[at: at + teach], v[at: at + teach])
+                    self._show(sequence, layer, q_of(at, at + teach))
+                if count > teach:
+                    sequence.append(layer, k[at + teach: at + count], v[at + teach: at + count])
+                at += count
+        return self._done(layer)
+
+    @contextlib.contextmanager
+    def _cut_back(self, layer: int) -> Iterator[None]:
+        """Calls of a layer on the sequences themselves: what they did is cut off if one fails."""
+        try:
+            self._settle()
+            yield
         except BaseException:
             self._pass.layers.add(layer)
             self.take_back()
             raise
-        return out, self._done(layer)
+
+    def _show(self, sequence: Sequence, layer: int, q: np.ndarray) -> None:
+        sequence.attend(layer, q, Budget(k=1, sinks=0, recent=1, dense_below=3))
+        self._lease.shown[layer] = self._lease.shown.get(layer, 0) + len(q)
 
     def stream_step(self, layer: int, k: int, v: int, q: int, out: int, budget: Budget, stream: int) -> bool:
         """One new token of every row, in the caller's stream; addresses as Steps has them. True: the pass's last layer."""

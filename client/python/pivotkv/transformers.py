@@ -104,6 +104,8 @@ class _Store:
         decodes = self.columns and new <= self.decode_tokens
         if self.stream and decodes and new == 1 and self.fresh.all():
             return self._stream_step(layer, q, k, v, scale)
+        if self.stream and not self.columns and self.prefill.dense:
+            return self._read(layer, q, k, v, scale)
         flat = [numbers(x.transpose(1, 2))[self.fresh] for x in (k, v, q)]
         out, done = self.batch.step(layer, *flat, always_possible(self.budget if decodes else self.prefill, scale))
         if self.fresh.all():
@@ -121,6 +123,21 @@ class _Store:
                 self.kept = np.concatenate([self.kept, self.fresh], axis=1)
 
         return _in_stream(q, k, v, launch)
+
+    def _read(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """An exact first pass is all there: torch attends on the GPU, and only K and V go through the CPU."""
+        rows, whole = torch.from_numpy(self.fresh), bool(self.fresh.all())
+        mask = _full_mask(None if whole else rows.to(q.device), q.shape[2], q.shape[2])
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale,
+                                                               enable_gqa=True)
+        out = out.transpose(1, 2)
+        if not whole:
+            out = out * rows.to(q.device)[:, :, None, None]
+        flat = [numbers(x.transpose(1, 2)[rows] if not whole else x.transpose(1, 2).flatten(0, 1)) for x in (k, v)]
+        at = rows.nonzero()
+        if self.batch.keep(layer, *flat, lambda first, last: numbers(q[at[first:last, 0], :, at[first:last, 1]])):
+            self.kept = np.concatenate([self.kept, self.fresh], axis=1)
+        return out
 
     def crop(self, columns: int) -> None:
         self.batch.truncate(self.kept[:, :columns].sum(axis=1).tolist())

@@ -20,28 +20,29 @@ from private import DaemonTest
 from test_train import vectors, write_recording
 
 G = Geometry(layers=2, q_heads=4, kv_heads=2, head_dim=64)
+WIDE = Geometry(layers=1, q_heads=2, kv_heads=1, head_dim=128)
 TOKENS, CONTEXT = 4200, 30000
 
 
-def calibrator(rope, limit=4080, piece=500, tokens=TOKENS, seed=7):
+def calibrator(rope, limit=4080, piece=500, tokens=TOKENS, seed=7, geometry=G):
     """Fed with what arrays(seed) holds, `piece` tokens at a time."""
-    made, source = Calibrator(G, rope, CONTEXT, limit=limit), arrays(tokens, seed)
-    for layer in range(G.layers):
+    made, source = Calibrator(geometry, rope, CONTEXT, limit=limit), arrays(tokens, seed, geometry)
+    for layer in range(geometry.layers):
         for at in range(0, tokens, piece):
             made.feed(layer, at, q=source[f"q.{layer}"][at: at + piece], k=source[f"k.{layer}"][at: at + piece])
     return made
 
 
-def arrays(tokens=TOKENS, seed=7):
+def arrays(tokens=TOKENS, seed=7, g=G):
     random = np.random.default_rng(seed)
-    return {f"{side}.{layer}": vectors(random, tokens, heads, G.head_dim)
-            for layer in range(G.layers) for side, heads in (("q", G.q_heads), ("k", G.kv_heads))}
+    return {f"{side}.{layer}": vectors(random, tokens, heads, g.head_dim)
+            for layer in range(g.layers) for side, heads in (("q", g.q_heads), ("k", g.kv_heads))}
 
 
 class LibraryTest(unittest.TestCase):
-    def learnt_in_c(self, folder, kind, bits, rope, piece=500):
+    def learnt_in_c(self, folder, kind, bits, rope, piece=500, geometry=G):
         path = pathlib.Path(folder) / "recording.safetensors"
-        tensors.write(path, arrays())
+        tensors.write(path, arrays(g=geometry))
         tool = pathlib.Path(os.environ["PIVOTKV_BUILD_DIR"]) / "tests" / "unit" / "calibrate"
         command = [tool, path, kind, bits, CONTEXT, piece, rope.base, int(rope.interleaved)]
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=60, check=False)
@@ -54,9 +55,11 @@ class LibraryTest(unittest.TestCase):
         return file
 
     def test_code_equals_what_the_library_learns(self):
-        for bits, rope in ((32, pivotkv.Rope(0.0)), (64, pivotkv.Rope(1e5)), (128, pivotkv.Rope(1e4, interleaved=True))):
-            with self.subTest(bits=bits), tempfile.TemporaryDirectory() as folder:
-                theirs, ours = self.learnt_in_c(folder, 1, bits, rope), calibrator(rope).code(bits)
+        for bits, rope, g in ((32, pivotkv.Rope(0.0), G), (64, pivotkv.Rope(1e5), G),
+                              (128, pivotkv.Rope(1e4, interleaved=True), G), (32, pivotkv.Rope(1e5), WIDE)):
+            with self.subTest(bits=bits, dim=g.head_dim), tempfile.TemporaryDirectory() as folder:
+                theirs = self.learnt_in_c(folder, 1, bits, rope, geometry=g)
+                ours = calibrator(rope, geometry=g).code(bits)
                 np.testing.assert_array_equal(ours["k.bits"], theirs.array("k.bits"))
                 for name in ("k.mean", "k.step", "k.low"):
                     np.testing.assert_allclose(ours[name], theirs.array(name), rtol=2e-4, atol=2e-5, err_msg=name)
