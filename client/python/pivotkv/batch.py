@@ -198,7 +198,7 @@ class Batch:
         """One new token of every row, in the caller's stream; addresses as Steps has them. True: the pass's last layer."""
         with self._taken_back():
             if not self._pass.layers:
-                self._stream_begin(budget, stream)
+                self.stream_begin(budget, stream)
             self._steps.append(layer, k, v, stream)
             self._steps.attend(layer, q, out, stream)
             if len(self._pass.layers) == self.model.layers - 1:
@@ -209,18 +209,21 @@ class Batch:
         """A whole pass of one new token of every row; launch() brings all its layers into the caller's stream."""
         self.begin([1] * len(self.sequences))
         with self._taken_back():
-            self._stream_begin(budget, stream)
-            launch(self._steps)
-            self._steps.end(stream)
+            launch(self.stream_begin(budget, stream))
+            self.stream_end(stream)
+
+    def stream_end(self, stream: int) -> None:
+        self._steps.end(stream)
         for layer in range(self.model.layers):
             self._done(layer)
 
-    def _stream_begin(self, budget: Budget, stream: int) -> None:
+    def stream_begin(self, budget: Budget, stream: int) -> Steps:
         if self._steps is None or self._steps.budget != budget:
             self._settle()
             self._steps = Steps(self.sequences, budget)
         self._steps.begin(stream)
         self._pass.stream = stream
+        return self._steps
 
     @contextlib.contextmanager
     def _taken_back(self) -> Iterator[None]:

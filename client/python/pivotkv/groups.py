@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from typing import Any, Sequence as ListOf
+from typing import Any, Callable
+from typing import Sequence as ListOf
 
 import numpy as np
 
 from . import Budget, Connection, Sequence
 from .batch import Batch, Tally
+from .steps import Steps
 
 
 def open_batch(kv: Connection, name: str, layers: int, bits: int | ListOf[int], max_tokens: int, label: str | None = None,
@@ -40,6 +42,22 @@ def _part_name(name: str, sizes: list[int], size: int) -> str:
     """Which layers a part has belongs to its identity: what is learnt of them is kept under its name."""
     which = hashlib.blake2b(f"{name} {sizes}".encode(), digest_size=8).hexdigest()
     return f"{name[:36]}-{which}-{size}"
+
+
+class LayeredSteps:
+    """Open steps of all parts, by layer."""
+
+    def __init__(self, where: list[tuple[Steps, int]]):
+        self._where = where
+        self.opening = tuple(steps.opening for steps, _ in where)
+
+    def append(self, layer: int, k: int, v: int, stream: int) -> None:
+        steps, index = self._where[layer]
+        steps.append(index, k, v, stream)
+
+    def attend(self, layer: int, q: int, out: int, stream: int) -> None:
+        steps, index = self._where[layer]
+        steps.attend(index, q, out, stream)
 
 
 class LayeredBatch:
@@ -118,6 +136,27 @@ class LayeredBatch:
             self.take_back()
             raise
         return self._done(layer)
+
+    def keep(self, layer: int, k: np.ndarray, v: np.ndarray, q_of: Callable[[int, int], np.ndarray]) -> bool:
+        part, index = self._where[layer]
+        try:
+            part.keep(index, k, v, q_of)
+        except BaseException:
+            self.take_back()
+            raise
+        return self._done(layer)
+
+    def stream_pass(self, budget: Budget, stream: int, launch: Callable[[LayeredSteps], None]) -> None:
+        self.begin([1] * len(self))
+        try:
+            steps = {id(part): part.stream_begin(budget, stream) for part in self.parts}
+            launch(LayeredSteps([(steps[id(part)], index) for part, index in self._where]))
+            for part in self.parts:
+                part.stream_end(stream)
+        except BaseException:
+            self.take_back()
+            raise
+        self.tokens, self._pass = list(self.parts[0].tokens), None
 
     def _done(self, layer: int) -> bool:
         self._pass.add(layer)

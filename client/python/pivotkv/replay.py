@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from .batch import always_possible
+from .groups import LayeredSteps
 from .steps import Steps
 from .transformers import Cache
 
@@ -53,19 +54,19 @@ class Decoder:
         self._known = list(batch.tokens)
         return self._logits
 
-    def _launch(self, steps: Steps) -> None:
+    def _launch(self, steps: Steps | LayeredSteps) -> None:
         if not self._ids.is_cuda:
             self._logits = self._forward(steps)
             return
-        if self._captured != (steps, steps.opened):
+        if self._captured != steps.opening:
             self._graph, self._captured = None, None
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._logits = self._forward(steps)
-            self._graph, self._captured = graph, (steps, steps.opened)
+            self._graph, self._captured = graph, steps.opening
         self._graph.replay()
 
-    def _forward(self, steps: Steps) -> torch.Tensor:
+    def _forward(self, steps: Steps | LayeredSteps) -> torch.Tensor:
         self._store.launching = steps
         try:
             return self.model(self._ids, position_ids=self._places, past_key_values=self.cache, use_cache=True).logits[:, -1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes as c
 import errno
+import itertools
 from typing import Sequence as ListOf
 
 from . import Budget, Connection, Error, Sequence, _lib, _library
@@ -17,13 +18,17 @@ def on_gpu(connection: Connection) -> bool:
     return _lib.pkv_describe(connection._live()).startswith(b"direct on cuda")
 
 
+_openings = itertools.count(1)
+
+
 class Steps:
-    """Of sequences in the order of the arrays below. Addresses are integers; `stream` is a cudaStream_t, or 0 on the host."""
+    """Of sequences in the order of the arrays below. Addresses are integers; `stream` is a cudaStream_t, or 0 on the host.
+    What is captured belongs to one `opening`."""
 
     def __init__(self, sequences: ListOf[Sequence], budget: Budget, cache_bytes: int = 0):
         self.connection, self.budget = sequences[0].model.connection, budget
         self._sequences, self._cache_bytes = list(sequences), cache_bytes
-        self._pointer, self.opened = c.c_void_p(), 0  # how often: what was captured of an earlier time is of no use
+        self._pointer = c.c_void_p()
         self._open()
 
     def _open(self) -> None:
@@ -31,7 +36,7 @@ class Steps:
         options = _library.BatchOptions(c.sizeof(_library.BatchOptions), 1, self._cache_bytes)
         self.connection.check(_lib.pkv_batch_open(handles, len(handles), c.byref(self.budget._struct()), c.byref(options),
                                                   c.byref(self._pointer)))
-        self.opened += 1
+        self.opening = next(_openings)
 
     def begin(self, stream: int) -> None:
         """Opens the batch again where the sequences' signatures are made in another way since the last step."""

@@ -28,7 +28,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from . import Budget, Connection
 from .batch import Batch, Tally, always_possible
 from .engine import DTYPES, numbers, rope_of
-from .groups import LayeredBatch, open_batch
+from .groups import LayeredBatch, LayeredSteps, open_batch
 from .steps import Steps, on_gpu
 
 __all__ = ["Cache", "NAME"]
@@ -64,7 +64,7 @@ class _Store:
         self.kept = np.zeros((0, 0), bool)  # [rows, columns]
         self.fresh = np.zeros((0, 0), bool)  # [rows, new columns] of the pass that runs
         self.scale: float | None = None  # of the last attention
-        self.launching: Steps | None = None  # replay.py: a pass whose steps are open, or are being captured
+        self.launching: Steps | LayeredSteps | None = None  # replay.py: a pass whose steps are open, or are being captured
 
     @property
     def columns(self) -> int:

@@ -111,19 +111,20 @@ class FullBudgetTest(Fixture):
         from pivotkv.replay import Decoder
         model, inputs = tiny.model(), prompts([130, 120])
         wanted = self.greedy(model, inputs, new=80)
-        with Cache(self.kv, model, covers(200), stream=True) as cache, torch.no_grad():
-            with self.assertRaises(ValueError):
-                Decoder(model, cache)
-            places = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-            token = model(**inputs, position_ids=places, past_key_values=cache).logits[:, -1].argmax(-1)
-            decode, made = Decoder(model, cache), [token]
-            for _ in range(79):
-                made.append(decode(made[-1]).argmax(-1))
-            self.assertEqual(torch.stack(made, 1).tolist(), wanted[:, 130:].tolist())
-            self.assertEqual(cache.get_seq_length(), 209)
-            cache.crop(-30)
-            for i in range(49, 79):
-                self.assertEqual(decode(made[i]).argmax(-1).tolist(), made[i + 1].tolist())
+        for bits in (0, [64, 32, 64]):
+            with Cache(self.kv, model, covers(200), bits=bits, stream=True) as cache, torch.no_grad():
+                with self.assertRaises(ValueError):
+                    Decoder(model, cache)
+                places = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+                token = model(**inputs, position_ids=places, past_key_values=cache).logits[:, -1].argmax(-1)
+                decode, made = Decoder(model, cache), [token]
+                for _ in range(79):
+                    made.append(decode(made[-1]).argmax(-1))
+                self.assertEqual(torch.stack(made, 1).tolist(), wanted[:, 130:].tolist())
+                self.assertEqual(cache.get_seq_length(), 209)
+                cache.crop(-30)
+                for i in range(49, 79):
+                    self.assertEqual(decode(made[i]).argmax(-1).tolist(), made[i + 1].tolist())
 
     def test_alike_but_for_rope(self):
         """The same weights with another RoPE, or signed in another way, are another model to the service."""
@@ -137,10 +138,11 @@ class FullBudgetTest(Fixture):
     def test_steps_in_a_stream(self):
         """The calls that decode on a GPU without a copy, on the host backend: the same bits, through beams and back."""
         model, inputs, budget = tiny.model(), prompts([300, 270]), pivotkv.Budget(k=40, sinks=8, recent=16)
+        read = pivotkv.Budget(k=1, dense_below=1000)  # by the service in both: torch would attend the prompt of the second
         for more in ({}, {"num_beams": 3}):
             made = []
             for stream in (False, True):
-                with Cache(self.kv, model, budget, stream=stream) as cache:
+                with Cache(self.kv, model, budget, prefill=read, stream=stream) as cache:
                     made.append(self.greedy(model, inputs, cache, **more).tolist())
                     self.assertEqual(cache.get_seq_length(), 319)
                     if not more:
@@ -161,7 +163,7 @@ class FullBudgetTest(Fixture):
         with torch.no_grad():
             logits = []
             for stream in (False, True):
-                with Cache(self.kv, model, covers(80), stream=stream) as cache:
+                with Cache(self.kv, model, covers(80), prefill=covers(80), stream=stream) as cache:
                     model(**inputs, past_key_values=cache)
                     token, mask = torch.tensor([[7], [9]]), torch.cat([inputs["attention_mask"], torch.ones(2, 1)], dim=1)
                     for _ in range(2):

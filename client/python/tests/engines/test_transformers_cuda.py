@@ -95,19 +95,20 @@ class CudaTest(tiny.Fixture):
         from pivotkv.replay import Decoder
         model, inputs = self.model(), prompts([130, 120])
         wanted = self.greedy(model, inputs, new=80)
-        with Cache(self.kv, model, covers(200)) as cache, torch.no_grad():
-            with self.assertRaises(ValueError):
-                Decoder(model, cache)
-            places = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-            token = model(**inputs, position_ids=places, past_key_values=cache).logits[:, -1].argmax(-1)
-            decode, made = Decoder(model, cache), [token]
-            for _ in range(79):
-                made.append(decode(made[-1]).argmax(-1))
-            self.assertEqual(torch.stack(made, 1).tolist(), wanted[:, 130:].tolist())
-            self.assertEqual(cache.get_seq_length(), 209)
-            cache.crop(-30)
-            for i in range(49, 79):
-                self.assertEqual(decode(made[i]).argmax(-1).tolist(), made[i + 1].tolist())
+        for bits in (0, [64, 32, 64]):
+            with Cache(self.kv, model, covers(200), bits=bits) as cache, torch.no_grad():
+                with self.assertRaises(ValueError):
+                    Decoder(model, cache)
+                places = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+                token = model(**inputs, position_ids=places, past_key_values=cache).logits[:, -1].argmax(-1)
+                decode, made = Decoder(model, cache), [token]
+                for _ in range(79):
+                    made.append(decode(made[-1]).argmax(-1))
+                self.assertEqual(torch.stack(made, 1).tolist(), wanted[:, 130:].tolist())
+                self.assertEqual(cache.get_seq_length(), 209)
+                cache.crop(-30)
+                for i in range(49, 79):
+                    self.assertEqual(decode(made[i]).argmax(-1).tolist(), made[i + 1].tolist())
 
     def test_through_crop_and_fork(self):
         model, inputs = self.model(), prompts([130, 120])
