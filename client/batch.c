@@ -23,8 +23,8 @@
 #include "client/batch.h"
 
 #define SLEEP_NS    20000
-#define AHEAD_SHARE 32u /* of the pool, at most, is asked for ahead */
-#define AHEAD_STEPS 2u  /* the host is ahead of the stream, and may be as fast as the daemon */
+#define AHEAD_SHARE 8u /* of the pool, at most, is asked for ahead */
+#define AHEAD_STEPS 2u /* the host is ahead of the stream, and may be as fast as the daemon */
 
 /* ---- steps that have ended ---- */
 

@@ -5,7 +5,8 @@
  *   attend_8k .. attend_1m, _64b   one attend call, everything in the pool; 128-bit signatures, or 64
  *   batch_64x32k                   64 sequences of 32K tokens
  *   append_64                      one token for each of 64 sequences
- *   prefill, prefill_host          append in calls of 4096 tokens, bytes moved; the host's part of a step
+ *   prefill, prefill_host          append in calls of 4096 tokens, two layers, bytes moved; the host's part of a step
+ *   prefill_64k, _host             the same of 64K tokens in 32 layers
  *   scan_1m                        the scan of a synchronous call, bytes of signatures
  *   arena_1m, _80, _90, _trace     K and V in the arena; without a row cache, and with one that finds as many of a hundred
  * rows, or as many as of a real model's selections (tests/quality/locality.py) arena_rows, arena_rows_near    rows out of the
@@ -87,18 +88,6 @@ static void figure_append(const struct lab *x, struct text *t)
     (void)text_batch_close(t);
 }
 
-static void figure_prefill(const struct lab *x, const struct text *t)
-{
-    double moved = text_moved(t) / t->prefill_s, steps = (double)t->tokens * t->count / PIECE;
-    double host = (t->begin_s + t->calls_s + t->end_s) / steps * 1e6, whole = t->prefill_s / steps * 1e6;
-    fprintf(stderr,
-            "prefill: a step of %d tokens and %u layers takes %.1f us; the host %.1f in begin, %.1f in append, %.1f in end\n",
-            PIECE, t->layers, whole, t->begin_s / steps * 1e6, t->calls_s / steps * 1e6, t->end_s / steps * 1e6);
-    bench_add(x->bench, &(struct figure){"prefill", "GB/s", "the read peak", moved * 1e-9, x->read_peak * 1e-9,
-                                         moved / x->read_peak, 0.6, true});
-    bench_add(x->bench, &(struct figure){"prefill_host", "us", "the whole step", host, whole, host / whole, 1, false});
-}
-
 /* A synchronous call with the queries of the lab's first call, `rounds` times: medians of what it says of itself. */
 static bool explained(const struct lab *x, struct text *t, double *ret_scan_ns, double *ret_attend_ns, double *ret_rows)
 {
@@ -136,6 +125,14 @@ struct length {
     double goal;
 };
 
+static void figure_layers(const struct lab *x, struct pkv *kv)
+{
+    struct text t = {.kv = kv, .count = 1, .layers = 32, .bits = 128, .tokens = 65536 / x->bench->scale};
+    if (bench_wanted(x->bench, "prefill_64k") && text_open(x, &t))
+        figure_prefill(x, &t, "prefill_64k", "prefill_64k_host");
+    text_close(&t);
+}
+
 static void figures_resident(const struct lab *x, struct pkv *kv)
 {
     static const struct length lengths[] = {
@@ -153,7 +150,7 @@ static void figures_resident(const struct lab *x, struct pkv *kv)
         t.layers = ALL_LAYERS / each > LAYERS_MAX ? LAYERS_MAX : ALL_LAYERS / each ? (uint32_t)(ALL_LAYERS / each) : 1;
         if (text_open(x, &t)) {
             if (l->tokens == 1048576 && l->bits == 64) /* the second text: memory has been touched and mapped */
-                figure_prefill(x, &t);
+                figure_prefill(x, &t, "prefill", "prefill_host");
             if (l->tokens == 1048576 && l->bits == 128 && bench_wanted(x->bench, "scan_1m"))
                 figure_scan(x, &t);
             figure_attend(x, &t, l->name, l->goal);
@@ -162,6 +159,7 @@ static void figures_resident(const struct lab *x, struct pkv *kv)
         }
         text_close(&t);
     }
+    figure_layers(x, kv);
     figures_adversarial(x, kv);
 }
 

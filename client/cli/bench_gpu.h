@@ -69,6 +69,7 @@ double text_timed(const struct lab *x, struct text *t, bool append);
 
 /* bench_gpu_cost.c */
 void figures_adversarial(const struct lab *x, struct pkv *kv);
+void figure_prefill(const struct lab *x, const struct text *t, const char *name, const char *host_name);
 void figures_audit(struct lab *x);
 /* bench_gpu_memory.c */
 void figures_memory(const struct lab *x, struct pkv *kv);

@@ -41,6 +41,18 @@ void figures_adversarial(const struct lab *x, struct pkv *kv)
     }
 }
 
+void figure_prefill(const struct lab *x, const struct text *t, const char *name, const char *host_name)
+{
+    double moved = text_moved(t) / t->prefill_s, steps = (double)t->tokens * t->count / PIECE;
+    double host = (t->begin_s + t->calls_s + t->end_s) / steps * 1e6, whole = t->prefill_s / steps * 1e6;
+    fprintf(stderr,
+            "%s: a step of %d tokens and %u layers takes %.1f us; the host %.1f in begin, %.1f in append, %.1f in end\n", name,
+            PIECE, t->layers, whole, t->begin_s / steps * 1e6, t->calls_s / steps * 1e6, t->end_s / steps * 1e6);
+    bench_add(x->bench, &(struct figure){name, "GB/s", "the read peak", moved * 1e-9, x->read_peak * 1e-9, moved / x->read_peak,
+                                         0.6, true});
+    bench_add(x->bench, &(struct figure){host_name, "us", "the whole step", host, whole, host / whole, 1, false});
+}
+
 /* ---- the audit ---- */
 
 static double step_us; /* of the daemon at hand */

@@ -266,6 +266,41 @@ static void test_replayed_graphs_with_an_arena(void **state)
     start_daemon("64M", "256M");
 }
 
+/* So many query tokens of so long a sequence that an attend call becomes several (gpu/cuda/batch.c). */
+static void test_many_queries(void **state)
+{
+    (void)state;
+    enum { QUERIES = 600, BEFORE = 500, LONGEST = 1 << 20 };
+    struct pkv *kv = attach(&daemon_, 0);
+    struct pkv_seq *seq;
+    struct pkv_budget b = budget(64);
+    struct pkv_batch_options o = {.size = sizeof(o), .queries = QUERIES};
+    struct pkv_batch *batch;
+    float *in, *out, *host = malloc(QUERIES * QUERY * 4), *expected = malloc(QUERIES * QUERY * 4);
+    uint32_t queries = QUERIES;
+    CUDA(cudaMalloc((void **)&in, QUERIES * (2 * ROW + QUERY) * 4));
+    CUDA(cudaMalloc((void **)&out, QUERIES * QUERY * 4));
+    CUDA(cudaMemcpy(in, k + BEFORE * ROW, QUERIES * ROW * 4, cudaMemcpyHostToDevice));
+    CUDA(cudaMemcpy(in + QUERIES * ROW, v + BEFORE * ROW, QUERIES * ROW * 4, cudaMemcpyHostToDevice));
+    CUDA(cudaMemcpy(in + 2 * QUERIES * ROW, q, QUERIES * QUERY * 4, cudaMemcpyHostToDevice));
+    GOOD(kv, pkv_seq_create(open_model(kv), LONGEST, 0, NULL, &seq));
+    GOOD(kv, append_all(seq, k, v, BEFORE));
+    GOOD(kv, pkv_batch_open(&seq, 1, &b, &o, &batch));
+    GOOD(kv, pkv_batch_begin(batch, NULL));
+    for (uint32_t l = 0; l < LAYERS; l++) {
+        GOOD(kv, pkv_batch_append(batch, l, in, in + QUERIES * ROW, NULL));
+        GOOD(kv, pkv_batch_attend(batch, l, in + 2 * QUERIES * ROW, out, NULL, NULL));
+    }
+    GOOD(kv, pkv_batch_end(batch, NULL));
+    GOOD(kv, pkv_batch_wait(batch));
+    CUDA(cudaMemcpy(host, out, QUERIES * QUERY * 4, cudaMemcpyDeviceToHost));
+    GOOD(kv, pkv_attend(&seq, &queries, 1, LAYERS - 1, q, &b, expected, NULL, NULL));
+    assert_alike(expected, host, QUERIES * QUERY);
+    GOOD(kv, pkv_batch_close(batch));
+    cudaFree(in), cudaFree(out), free(host), free(expected);
+    pkv_close(kv);
+}
+
 static void test_not_finite(void **state)
 {
     (void)state;
@@ -412,6 +447,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_replayed_graphs),
         cmocka_unit_test(test_replayed_graphs_with_an_arena),
         cmocka_unit_test(test_samples_of_replayed_graphs),
+        cmocka_unit_test(test_many_queries),
         cmocka_unit_test(test_not_finite),
         cmocka_unit_test(test_worker_killed_in_its_kernels),
         cmocka_unit_test(test_daemon_killed_in_its_copies),
