@@ -224,8 +224,10 @@ int pkv_batch_open(struct pkv_seq *const *seqs, uint32_t count, const struct pkv
     r = calibration_wait(b->model); /* or it would soon be stale */
     r = r && r != -PKV_ERR_TIMEOUT ? r : model_turn_all(b->model);
     r = r ? r : batch_make(b, seqs, o.cache_bytes);
-    if (!r && kv->device) /* chunks by now, the arena's too: importing one within a step would be felt */
+    if (!r && kv->device && kv->maps_all != kv->maps + 1) { /* the arena's too: mapping one within a step would be felt */
         (void)region_map_all(kv);
+        kv->maps_all = kv->maps + 1;
+    }
     if (r) {
         release(b);
         return kv_done(kv, r);

@@ -31,6 +31,7 @@ struct pkv {
     uint64_t *arena;               /* [PKV_CHUNKS_MAX] on a device: where this process has the arena's chunks */
     struct gpu_chunk *imported;    /* [PKV_CHUNKS_MAX] on a device: the pool's chunks */
     uint64_t chunk_bytes, maps;    /* maps: chunks mapped so far */
+    uint64_t maps_all;             /* the same + 1 when region_map_all last looked for more; 0: never */
     struct gpu_device *device;     /* NULL: the host backend */
     struct gpu *gpu;
     struct pkv_model *models;
