@@ -1,16 +1,14 @@
-/* Signatures into codes on the tensor cores, and counts of codes.
+/* Signatures into codes on the 1-bit tensor cores, and counts of codes.
  *
- * A weight is 3a - 4b - 60c + 80d with digits of 0 to 4: every integer from -130 to 206 is. A digit is four bit planes,
- * of which as many are set as it says; mma m16n8k128 counts the bits that a signature has in common with one, and a
- * chain of such products, or a fragment that holds a short signature twice, adds the four up. Tokens are rows (a lane's
- * 16-byte load holds one word of four tokens: the layout of geom.h is the fragment), columns are four q heads x two
- * digits, so two chains of a set of four heads hold all sums of digits for sixteen tokens.
+ * mma m16n8k256 counts the bits that a signature has in common with a bit plane. Signatures of up to 128 bits fill a fragment
+ * twice, of up to 64 bits four times; each copy has a plane of its own, so a product gives a digit of 0 to 2 or 0 to 4 instead
+ * of one bit. Weights are numbers of six digits to base 3 or four to base 5 then, else of eight bits; what the digits count for
+ * makes all of -128..127 (the last ones are negative). Tokens are rows (a lane's 16-byte load holds one word of four tokens:
+ * the layout of geom.h is the fragment), columns are four q heads x two digits, so a set of four heads takes half as many
+ * products as digits for sixteen tokens, and every lane has the score of one head for two of them.
  *
- * A sum is at most 1024 and lies in a register of its own: read as a half-precision number it is sum x 2^-24, exactly.
- * So the registers of a chain are A of a second product, m16n8k16 in half precision, whose rows are even digits of
- * eight tokens and odd digits of the same, whose k is head and which eight of the tokens, and whose B puts each of
- * these to its own column: the first chain counts once and the second -20 times. What is left is 3 x even - 4 x odd:
- * two fused multiply-adds with the head's scale, and its bias. Codes are the sum of 2^score over heads: a quad of lanes
+ * A sum is at most 256: read as the bits of a float it is a denormal, sum x 2^-149, and one chain of fused multiply-adds turns
+ * the digits' sums into the exact integer score without a conversion. Codes are the sum of 2^score over heads: a quad of lanes
  * adds them up.
  */
 #ifndef GPU_CUDA_CODE_CUH
@@ -20,7 +18,7 @@
 
 #define CODE_LEAST __uint_as_float((GPU_CODE_BASE + 1u) << 18)
 #define CODE_MOST  __uint_as_float((GPU_CODE_BASE + GPU_CODE_SOFTMAX_MAX + 0u) << 18)
-#define UNIT_INV   0x1p24f /* scores come times its inverse */
+#define UNIT_INV   0x1p49f /* score() returns integers times its inverse */
 
 /* D = popc(A and B), A 16 tokens x 128 bits, B 128 bits x 8 columns. */
 static __device__ __forceinline__ void common_bits(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b, const int (&c)[4])
@@ -30,94 +28,90 @@ static __device__ __forceinline__ void common_bits(int (&d)[4], uint32_t a0, uin
         : "r"(a0), "r"(a1), "r"(b), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
 
-static __device__ __forceinline__ uint4 load_once(const uint4 *p)
+/* The same of a whole fragment, 256 bits. */
+static __device__ __forceinline__ void common_wide(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
 {
-    uint4 v;
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
-}
-
-/* d += A B: the sums of a chain, 16 tokens x 8 columns, as half-precision numbers. */
-static __device__ __forceinline__ void weigh_sums(float (&d)[4], const int (&sums)[4], const uint32_t (&b)[2])
-{
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(sums[0]), "r"(sums[1]), "r"(sums[2]), "r"(sums[3]), "r"(b[0]), "r"(b[1]));
+    asm("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%10,%10,%10};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(0));
 }
 
 /* ---- weights into digits ---- */
 
-#define DIGITS    4u
-#define DIGIT_MAX 4u
-/* Of a head and word; bit i of number digit x 4 + e: the digit of weight i is above e. */
-#define DIGIT_PLANES (DIGITS * DIGIT_MAX)
-
-/* value = 3 x *even - 4 x *odd, both 0 to 4; whether there are such. */
-static __device__ __forceinline__ bool pair_of(int value, uint32_t *even, uint32_t *odd)
+/* COPIES of a signature in a fragment: a digit is at most that. */
+static __device__ __forceinline__ uint32_t copies_of(uint32_t words)
 {
-    int x = 3 * value & 3, y = (3 * x - value) / 4; /* 3 x 3 is 1, modulo 4 */
-    bool other = x == 0 && y < 0;                   /* 3 x 4 - 4 x 3 is nothing */
-    *even = other ? 4 : x, *odd = other ? y + 3 : y;
-    return *odd <= DIGIT_MAX;
+    return words <= 2 ? 4 : words <= 4 ? 2 : 1;
+}
+#define DIGITS(copies) ((copies) == 4 ? 4u : (copies) == 2 ? 6u : 8u)
+#define DIGIT_PLANES   16u /* of a head and word: bit i of number digit x copies + e: the digit of weight i is above e */
+
+/* What digit i counts for. */
+template <uint32_t COPIES> static __device__ __forceinline__ constexpr float digit_value(uint32_t i)
+{
+    constexpr float base5[8] = {1, 5, 50, -75}, base3[8] = {1, 3, 9, 27, 81, -243}, base2[8] = {1, 2, 4, 8, 16, 32, 64, -128};
+    return COPIES == 4 ? base5[i] : COPIES == 2 ? base3[i] : base2[i];
 }
 
-/* A warp turns 32 weights of a head, a lane each, into to [DIGIT_PLANES]. */
-static __device__ __forceinline__ void digits_write(int weight, uint32_t lane, uint32_t *to)
+template <uint32_t COPIES> static __device__ __forceinline__ void digits_of(int weight, uint32_t (&digit)[DIGITS(COPIES)])
 {
-    uint32_t digit[DIGITS] = {0, 0, 0, 0}, own = 0;
+    if constexpr (COPIES == 4) { /* 25 k + rest; k of -6..5 is 2 x the third less 3 x the fourth */
+        int k = (weight + 150) / 25 - 6, rest = weight - 25 * k, fourth = k & 1;
+        fourth += k + 3 * fourth < 0 ? 2 : 0;
+        digit[0] = rest % 5, digit[1] = rest / 5, digit[2] = (k + 3 * fourth) / 2, digit[3] = fourth;
+    } else {
+        constexpr uint32_t LAST = DIGITS(COPIES) - 1;
+        digit[LAST] = weight < 0;
+        uint32_t rest = (uint32_t)(weight - (int)digit_value<COPIES>(LAST) * (weight < 0));
 #pragma unroll
-    for (int i = -1; i <= 1; i++) {
-        int high = (weight + 128) / 20 - 6 + i;
-        uint32_t d[DIGITS];
-        bool low = pair_of(weight - 20 * high, d, d + 1);
-        if (pair_of(-high, d + 2, d + 3) && low)
-#pragma unroll
-            for (uint32_t j = 0; j < DIGITS; j++)
-                digit[j] = d[j];
+        for (uint32_t i = 0; i < LAST; i++)
+            digit[i] = rest % (COPIES + 1), rest /= COPIES + 1;
     }
+}
+
+template <uint32_t COPIES> static __device__ __forceinline__ void digits_put(int weight, uint32_t lane, uint32_t *to)
+{
+    constexpr uint32_t PLANES = DIGITS(COPIES) * COPIES;
+    uint32_t digit[DIGITS(COPIES)], own = 0;
+    digits_of<COPIES>(weight, digit);
 #pragma unroll
-    for (uint32_t j = 0; j < DIGIT_PLANES; j++) {
-        uint32_t plane = __ballot_sync(ALL_LANES, digit[j / DIGIT_MAX] > j % DIGIT_MAX);
+    for (uint32_t j = 0; j < PLANES; j++) {
+        uint32_t plane = __ballot_sync(ALL_LANES, digit[j / COPIES] > j % COPIES);
         own = lane == j ? plane : own;
     }
-    if (lane < DIGIT_PLANES)
+    if (lane < PLANES)
         to[lane] = own;
 }
 
-/* All warps turn the bit planes [heads][8][words] of the weights into digits [heads][words][DIGIT_PLANES]; `stride`: from one
- * plane to the next. */
-static __device__ __forceinline__ void digits_take(const uint32_t *planes, uint32_t stride, uint32_t heads, uint32_t words,
-                                                   uint32_t (*digits)[DIGIT_PLANES])
+/* A warp turns 32 weights of a head, a lane each, into to [DIGIT_PLANES]. words: of a signature. */
+static __device__ __forceinline__ void digits_write(int weight, uint32_t lane, uint32_t words, uint32_t *to)
 {
-    uint32_t lane = threadIdx.x % WARP;
-    for (uint32_t i = threadIdx.x / WARP; i < heads * words; i += blockDim.x / WARP) {
-        const uint32_t *from = planes + (uint64_t)(i / words) * 8 * stride + i % words;
-        uint32_t weight = 0;
-#pragma unroll
-        for (uint32_t p = 0; p < 8; p++)
-            weight |= (from[p * stride] >> lane & 1) << p;
-        digits_write((int8_t)weight, lane, digits[i]);
-    }
+    if (words <= 2)
+        digits_put<4>(weight, lane, to);
+    else if (words <= 4)
+        digits_put<2>(weight, lane, to);
+    else
+        digits_put<1>(weight, lane, to);
 }
 
 /* ---- signatures into codes ---- */
 
-/* STEPS: products in a chain: 2 for signatures of up to 64 bits, which a fragment holds twice, 4 up to 128, 8 beyond. */
-static __device__ __forceinline__ uint32_t fragment_word(uint32_t steps, uint32_t words, uint32_t k, uint32_t lane)
-{
-    return min(steps == 2 ? lane % 2 : k * 4 + lane % 4, words - 1); /* where there is none, its planes are zero */
-}
-
-/* This lane's part of all B. Column of the first product: lane / 4 = 2 x head + parity. */
-template <uint32_t SETS, uint32_t STEPS> struct planes {
-    uint32_t b[SETS][2][STEPS];
-    uint32_t places[2][2];                   /* B of the second product */
-    float even[SETS], odd[SETS], bias[SETS]; /* of head lane % 4: scale x 3, scale x -4 */
+/* Sixteen tokens x 256 bits, this lane's part of A: of words lane % 4 and so on four tokens, two rows of each of two fragments.
+ */
+struct fragments {
+    uint32_t a[2][4];
 };
 
-/* The set's scales and biases, and digits [heads][words][DIGIT_PLANES] of the group. */
-template <uint32_t SETS, uint32_t STEPS>
-static __device__ __forceinline__ void planes_take(struct planes<SETS, STEPS> &p, const uint32_t (*digits)[DIGIT_PLANES],
+/* This lane's part of all B; column: lane / 4 = 2 x head + parity of the digit. */
+template <uint32_t SETS, uint32_t COPIES> struct planes {
+    uint32_t b[SETS][DIGITS(COPIES) / 2][2];
+    float scale[SETS], bias[SETS]; /* of head lane % 4; scale: of what score() returns */
+};
+
+/* The set's scales and biases, and digits [heads][words][DIGIT_PLANES] of the group. Words that signatures do not have and
+ * heads beyond the group are zero. */
+template <uint32_t SETS, uint32_t COPIES>
+static __device__ __forceinline__ void planes_take(struct planes<SETS, COPIES> &p, const uint32_t (*digits)[DIGIT_PLANES],
                                                    const float *scales, const float *biases, uint32_t group, uint32_t words,
                                                    uint32_t lane)
 {
@@ -126,43 +120,44 @@ static __device__ __forceinline__ void planes_take(struct planes<SETS, STEPS> &p
     for (uint32_t set = 0; set < SETS; set++) {
         uint32_t h = set * 4 + column / 2, own = set * 4 + k;
 #pragma unroll
-        for (uint32_t m = 0; m < 2; m++)
+        for (uint32_t m = 0; m < DIGITS(COPIES) / 2; m++)
 #pragma unroll
-            for (uint32_t j = 0; j < STEPS; j++) {
-                uint32_t word = STEPS == 2 ? k % 2 : k + j / 4 * 4, above = STEPS == 2 ? 2 * j + k / 2 : j % 4;
+            for (uint32_t half = 0; half < 2; half++) {
+                uint32_t word = COPIES == 4 ? k % 2 : COPIES == 2 ? k : half * 4 + k;
+                uint32_t copy = COPIES == 4 ? half * 2 + k / 2 : COPIES == 2 ? half : 0;
                 bool there = h < group && word < words;
-                p.b[set][m][j] = there ? digits[h * words + word][(2 * m + column % 2) * DIGIT_MAX + above] : 0;
+                p.b[set][m][half] = there ? digits[h * words + word][(2 * m + column % 2) * COPIES + copy] : 0;
             }
-        float scale = own < group ? scales[own] * UNIT_INV : 0.0f;
-        p.even[set] = 3 * scale, p.odd[set] = -4 * scale;
+        p.scale[set] = own < group ? scales[own] * UNIT_INV : 0.0f;
         p.bias[set] = own < group ? biases[own] : NOTHING;
     }
-    for (uint32_t m = 0; m < 2; m++)
-        for (uint32_t half = 0; half < 2; half++)
-            p.places[m][half] = column == 2 * k + half ? (m ? 0xcd00u : 0x3c00u) : 0; /* -20 and 1 */
 }
 
-/* Scores of one head (set x 4 + lane % 4), scaled and biased, for four tokens. */
-template <uint32_t SETS, uint32_t STEPS, uint32_t K>
-static __device__ __forceinline__ void score(const uint4 (&s)[K], const struct planes<SETS, STEPS> &p, uint32_t set,
+/* Scores of one head (set x 4 + lane % 4) for four tokens, exact integers as floats times 2^-49. */
+template <uint32_t SETS, uint32_t COPIES>
+static __device__ __forceinline__ void score(const struct fragments &s, const struct planes<SETS, COPIES> &p, uint32_t set,
                                              float (&v)[4])
 {
+    constexpr uint32_t PAIRS = DIGITS(COPIES) / 2;
+    const float one = 0x1p100f; /* a sum is sum x 2^-149 */
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
-        float d[4] = {0, 0, 0, 0};
+        int d[PAIRS][4];
 #pragma unroll
-        for (uint32_t m = 0; m < 2; m++) {
-            int sums[4] = {0, 0, 0, 0};
+        for (uint32_t m = 0; m < PAIRS; m++)
+            common_wide(d[m], s.a[half], p.b[set][m]);
 #pragma unroll
-            for (uint32_t j = 0; j < STEPS; j++) {
-                const uint4 &x = s[j / 4];
-                common_bits(sums, half ? x.z : x.x, half ? x.w : x.y, p.b[set][m][j], sums);
-            }
-            weigh_sums(d, sums, p.places[m]);
+        for (uint32_t r = 0; r < 2; r++) {
+            float t = 0;
+#pragma unroll
+            for (uint32_t m = 0; m < PAIRS; m++)
+#pragma unroll
+                for (uint32_t odd = 0; odd < 2; odd++) {
+                    float x = __int_as_float(d[m][2 * r + odd]), value = digit_value<COPIES>(2 * m + odd) * one;
+                    t = m + odd ? fmaf(x, value, t) : x * value;
+                }
+            v[2 * half + r] = t;
         }
-#pragma unroll
-        for (uint32_t r = 0; r < 2; r++)
-            v[2 * half + r] = fmaf(d[r], p.even[set], fmaf(d[2 + r], p.odd[set], p.bias[set]));
     }
 }
 
@@ -184,17 +179,19 @@ static __device__ __forceinline__ float quad_sum(const float (&v)[4], uint32_t l
     return lane & 2 ? (lane & 1 ? high.y : high.x) : lane & 1 ? low.y : low.x;
 }
 
-template <uint32_t SETS, uint32_t STEPS, uint32_t K>
-static __device__ __forceinline__ uint32_t code_of(const uint4 (&s)[K], const struct planes<SETS, STEPS> &p, uint32_t lane)
+/* Of token lane of 32. */
+template <uint32_t SETS, uint32_t COPIES>
+static __device__ __forceinline__ uint32_t code_of(const struct fragments &s, const struct planes<SETS, COPIES> &p,
+                                                   uint32_t lane)
 {
     float total[4];
 #pragma unroll
     for (uint32_t set = 0; set < SETS; set++) {
         float v[4];
-        score<SETS, STEPS, K>(s, p, set, v);
+        score(s, p, set, v);
 #pragma unroll
         for (uint32_t j = 0; j < 4; j++) {
-            float power = exp2_fast(v[j]);
+            float power = exp2_fast(fmaf(v[j], p.scale[set], p.bias[set]));
             total[j] = set ? total[j] + power : power;
         }
     }

@@ -160,7 +160,9 @@ static __device__ __forceinline__ uint32_t select_rows(const struct team_call &c
     struct ends e = ends_of(span);
     struct fitted f = fitted_of(e);
     struct end_keys<DIM> keys;
-    struct stream s = stream_open(call, t, span, m, l.cached);
+    uint64_t *places = (uint64_t *)((unsigned char *)m + call.at.places);
+    struct stream s = stream_open(span, t.part, t.size, call.words, shared_address(c) + t.warp * call.at.ring, call.at.ring);
+    auto addresses = [&](uint32_t i) { return stream_address(call, t, s, places, l.cached, stream_entry(t, s, i), i); };
     struct end_entries entries = end_entries_load(t, e, t.warp * TILE_ROWS);
     uint64_t low = fitted_entry(t, f, t.lane), high = fitted_entry(t, f, t.lane + WARP);
     ulonglong2 now = stream_entry(t, s, 0), next = stream_entry(t, s, WARP);
@@ -170,8 +172,12 @@ static __device__ __forceinline__ uint32_t select_rows(const struct team_call &c
     end_keys_load<T, DIM>(call, t, e, t.warp * TILE_ROWS, entries, keys);
     uint32_t word = min(t.warp / (SETS * 4), call.words - 1);
     uint4 bits[2] = {fitted_load(call, t, f, t.lane, low, word), fitted_load(call, t, f, t.lane + WARP, high, word)};
-    s.now = stream_address(call, t, s, now, 0), s.next = stream_address(call, t, s, next, WARP);
-    stream_fill(call, t, s, 0), stream_fill(call, t, s, 1);
+    s.now = stream_address(call, t, s, places, l.cached, now, 0);
+    s.next = stream_address(call, t, s, places, l.cached, next, WARP);
+    if (call.words <= 2)
+        stream_begin<4>(s, addresses);
+    else
+        stream_begin<2>(s, addresses);
     if (signs)
         sign_quantize<DIM>(call, t, w, sign);
     else if (a.weighed || a.scheme.kind != PKV_SCHEME_SIGN)
@@ -183,7 +189,7 @@ static __device__ __forceinline__ uint32_t select_rows(const struct team_call &c
     if (t.warp == 0)
         biases_join<SETS>(call, t, m, w, e);
     __syncthreads();
-    scan_part<SETS>(call, t, m, span, s, codes);
+    scan_part<SETS>(call, t, m, span, s, codes, addresses);
     return choose(call, t, m, c, r, span, l, s, codes, count);
 }
 
@@ -202,13 +208,10 @@ __global__ void __launch_bounds__(THREADS, 1) team_kernel(const __grid_constant_
     ((uint4 *)m->counts)[threadIdx.x] = make_uint4(0, 0, 0, 0);
     if (threadIdx.x < 8)
         m->counts[2048 + threadIdx.x] = 0;
-    if (t.lane < 2) /* one lane after the other */
-        arrival_init((uint32_t)__cvta_generic_to_shared(&m->gates[t.warp][t.lane]));
     if (threadIdx.x == 0) {
         m->outcomes[CUDA_HITS] = m->outcomes[CUDA_MISSES] = m->plan.found = 0;
         ((struct weigh_shared<HEADS> *)front)->write = t.part == 0 && a.flags & CUDA_KEEP;
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     wait_for_former();
     team_join(a, t);
     if (weighs_signs(a, t))

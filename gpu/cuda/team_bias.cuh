@@ -192,7 +192,7 @@ static __device__ __forceinline__ void words_take(const struct team_call &call, 
             uint32_t plane = __ballot_sync(ALL_LANES, weight >> p & 1);
             own = t.lane / 4 == p ? plane : own;
         }
-        digits_write(weight, t.lane, m->digits[h * call.words + word]);
+        digits_write(weight, t.lane, call.words, m->digits[h * call.words + word]);
 #pragma unroll 1
         for (uint32_t i = t.lane; i < PKV_ALIGN_UP(f.count, WARP); i += WARP) {
             bool first = task == t.warp && i < 2 * WARP;
