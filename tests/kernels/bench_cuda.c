@@ -2,6 +2,7 @@
  * layers, medians of 31 replays, beside the read peak of the same run. Prints JSON lines:
  *   {"name", "tokens", "batch", "bits", "us", "gb_s", "peak_gb_s"}
  * usage: bench_cuda [LARGEST TOKENS]   (default 1048576) */
+#include "gpu/cuda/fill.h"
 #include "tests/kernels/device.h"
 #include "tests/kernels/peak.h"
 
@@ -117,7 +118,7 @@ static void run_stages(struct bench *b, uint32_t l)
 static void run_read(struct bench *b, uint32_t l)
 {
     (void)l;
-    MUST(peak_read(b->pool, 1ull << 30, b->work, b->stream) == 0);
+    MUST(cuda_read_launch(b->pool, 1ull << 30, b->work, b->stream) == 0);
 }
 static void run_append(struct bench *b, uint32_t l)
 {

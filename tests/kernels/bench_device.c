@@ -1,10 +1,10 @@
 /* What the memory of a device costs: chunks made and imported, an arena touched and registered, copies home, and what a kernel
  * of another process loses while they run. Prints JSON lines. Run by hand on a machine with a GPU. usage: bench_device [GiB of
  * arena] [GiB of pool]   (default 16 8) */
+#include "gpu/cuda/fill.h"
 #include "gpu/device.h"
 #include "offload/offload.h"
 #include "tests/kernels/device.h"
-#include "tests/kernels/peak.h"
 
 #include <pthread.h>
 #include <sys/mman.h>
@@ -202,7 +202,7 @@ static double kernel_us(const void *from, uint64_t bytes, void *to)
         float ms;
         CUDA(cudaEventRecord(begin, stream));
         for (int k = 0; k < 8; k++)
-            good(peak_read(from, bytes, to, stream), "kernel");
+            good(cuda_read_launch(from, bytes, to, stream), "kernel");
         CUDA(cudaEventRecord(end, stream));
         CUDA(cudaStreamSynchronize(stream));
         CUDA(cudaEventElapsedTime(&ms, begin, end));

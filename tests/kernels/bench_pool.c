@@ -2,9 +2,9 @@
  * blocks going home, and what a kernel of the worker loses meanwhile. Starts $PIVOTKVD. Prints JSON lines. Run by hand. usage:
  * bench_pool [GiB of pool] [GiB of arena]   (default 8 8) */
 #include "client/internal.h"
+#include "gpu/cuda/fill.h"
 #include "tests/integration/stat.h"
 #include "tests/kernels/device.h"
-#include "tests/kernels/peak.h"
 
 #include <dirent.h>
 #include <time.h>
@@ -36,7 +36,7 @@ static double kernel_us(const void *from, void *to)
     for (int i = -2; i < ROUNDS; i++) {
         float ms;
         CUDA(cudaEventRecord(begin, stream));
-        if (peak_read(from, BYTES, to, stream))
+        if (cuda_read_launch(from, BYTES, to, stream))
             exit(1);
         CUDA(cudaEventRecord(end, stream));
         CUDA(cudaStreamSynchronize(stream));

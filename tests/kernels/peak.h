@@ -1,13 +1,10 @@
-/* Ceilings for bench_cuda. */
+/* A ceiling for bench_cuda. */
 #ifndef TESTS_KERNELS_PEAK_H
 #define TESTS_KERNELS_PEAK_H
 
 #include "proto/base.h"
 
 PKV_EXTERN_C_BEGIN
-
-/* Reads `bytes` of device memory once; 0 when launched. `to`: four bytes that keep the reads alive. */
-int peak_read(const void *from, uint64_t bytes, void *to, void *stream);
 
 /* Rows of 512 bytes at listed addresses (bit 0 is ignored), side by side to `to`. */
 int peak_gather(const uint64_t *address, uint32_t rows, void *to, void *stream);
