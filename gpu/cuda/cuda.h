@@ -65,7 +65,8 @@ struct cuda_work {
 };
 #define CUDA_COUNTS            2128u /* 2049 fine, at CUDA_COARSE 64 coarse (every 32nd), rest padding */
 #define CUDA_COARSE            2056u
-#define CUDA_FINE              64u /* 33, rest padding */
+#define CUDA_LOW_BITS          2120u /* rules `sum` and `max`: how many low bits of the codes are not counted */
+#define CUDA_FINE              64u   /* 33, rest padding */
 #define CUDA_PARTS_MAX         64u
 #define CUDA_SPLITS_MAX        64u                              /* two a lane of the warp that weighs them */
 #define CUDA_HEADS             4u                               /* q heads that attend takes together: a chunk */

@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(THREADS, 2) pick_kernel(const __grid_constant_
     part_of(span, part, a.parts, &begin, &end);
     struct share share = share_of(a.work.codes + list * codes_stride(a), begin * PKV_BLOCK_TOKENS, end * PKV_BLOCK_TOKENS);
     struct threshold t = find(&m, counts, a.parts, part, k);
-    if (a.policy.rule != PKV_RULE_SOFTMAX)
+    if (a.policy.rule != PKV_RULE_SOFTMAX && counts[CUDA_LOW_BITS])
         t = refined(a, &m, t, list, part);
     uint64_t to = (uint64_t)list * cuda_rows_max(&a.policy) + span.first;
     uint32_t written = compact(&m, t, share, a.work.index + to, a.work.scores + to);

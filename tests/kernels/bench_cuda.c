@@ -309,6 +309,23 @@ static void bench_dense(struct bench *b)
     report(b, "dense", timed(b, run_all), (double)b->batch * b->tokens * 8 * 512);
 }
 
+/* Plain Hamming distances with their counts: rule `sum`, weights of +-1, a share of the bits for each head as a learned hash
+ * has it. The last that is measured: work's weights are not the queries' any more. */
+static void bench_hamming(struct bench *b, double signatures)
+{
+    uint32_t bits = b->geom.sig_bits, heads = b->batch * 32;
+    int8_t *weights = take((uint64_t)heads * bits);
+    for (uint64_t i = 0; i < (uint64_t)heads * bits; i++)
+        weights[i] = (int8_t)(i % bits / (bits / 4) != i / bits % 4 ? 0 : below(2) ? 1 : -1);
+    CUDA(cudaMemcpy(b->layer[0].a.work.weights, weights, (uint64_t)heads * bits, cudaMemcpyHostToDevice));
+    free(weights);
+    for (uint32_t l = 0; l < b->layers; l++)
+        b->layer[l].a.policy.rule = PKV_RULE_SUM;
+    report(b, "scan, plain Hamming", timed(b, run_scan), signatures);
+    for (uint32_t l = 0; l < b->layers; l++)
+        b->layer[l].a.policy.rule = PKV_RULE_SOFTMAX;
+}
+
 static void bench_shape(uint32_t tokens, uint32_t batch, uint32_t bits)
 {
     static struct bench b;
@@ -328,6 +345,7 @@ static void bench_shape(uint32_t tokens, uint32_t batch, uint32_t bits)
     double moved = (double)PKV_MIN(tokens, CHUNK) * 8 * (1024 + bits / 8);
     report(&b, batch > 1 ? "append 1 token each" : "append", timed(&b, run_append),
            batch > 1 ? (double)batch * 8 * 1024 : moved);
+    bench_hamming(&b, signatures);
     if (tokens <= 32768)
         bench_dense(&b);
     bench_close(&b);
