@@ -15,17 +15,30 @@ static int entry_add(struct pkv_batch *b, const struct gpu_batch_ref *entry)
     return 0;
 }
 
-/* Blocks [first, last) of a layer: those that differ from what the device has. */
+/* Blocks [first, last) of a layer: those that differ from what the device has. They may be the whole table of a million tokens,
+ * of which little has changed. */
 static int layer_update(struct pkv_batch *b, uint32_t index, uint32_t layer, uint32_t first, uint32_t last)
 {
     struct batch_seq *s = &b->seqs[index];
-    struct pkv_block_ref *now = region_refs(b->kv, last), *kept = s->refs + (uint64_t)layer * s->seq->table->blocks_max;
-    int r = now ? seq_refs(s->seq, layer, first, last, now) : -PKV_ERR_NO_MEMORY;
+    struct pkv_table *table = (struct pkv_table *)(uintptr_t)s->seq->table;
+    const struct pkv_block_ref *from = pkv_table_layer(table, layer, table->blocks_max);
+    struct pkv_block_ref *kept = s->refs + (uint64_t)layer * table->blocks_max;
+    uint64_t before = b->entries_count;
+    int r = last <= table->blocks_max ? 0 : -PKV_ERR_STALE;
     for (uint32_t i = first; i < last && !r; i++) {
-        if (now[i].rows == kept[i].rows && now[i].signatures == kept[i].signatures)
-            continue;
-        kept[i] = now[i];
-        r = entry_add(b, &(struct gpu_batch_ref){.seq = index, .layer = layer, .block = i, .ref = now[i]});
+        struct pkv_block_ref now = {__atomic_load_n(&from[i].rows, __ATOMIC_RELAXED),
+                                    __atomic_load_n(&from[i].signatures, __ATOMIC_RELAXED)};
+        if (now.rows && now.rows == kept[i].rows && now.signatures == kept[i].signatures)
+            continue; /* nothing where a block should be is looked at below */
+        kept[i] = now;
+        r = entry_add(b, &(struct gpu_batch_ref){.seq = index, .layer = layer, .block = i, .ref = now});
+    }
+    __atomic_thread_fence(__ATOMIC_ACQUIRE);
+    if (!r && pkv_load64(&table->seq) != s->seq->handle) /* see seq_refs: what was read may be another sequence's */
+        r = -PKV_ERR_STALE;
+    for (uint64_t e = before; e < b->entries_count && !r; e++) {
+        r = region_map(b->kv, b->entries[e].ref.rows);
+        r = r ? r : region_map(b->kv, b->entries[e].ref.signatures);
     }
     return r;
 }

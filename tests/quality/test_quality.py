@@ -8,6 +8,7 @@ import unittest
 
 import numpy as np
 
+import locality
 import mass
 import needles
 import quality
@@ -15,6 +16,27 @@ import report
 import retrieval
 from selection import RECENT, SINKS, Oracle, Quest, SelectingCache
 from signature import Signature
+
+
+class RowCacheTest(unittest.TestCase):
+    def test_finds_what_it_holds(self):
+        cache, some = locality.RowCache(64), np.arange(100, 140)
+        self.assertEqual(cache.step(some), 0)
+        held = cache.step(some)
+        self.assertLessEqual(held, len(some))
+        self.assertGreater(held, 30)  # sets of eight, filled unevenly
+        self.assertEqual(cache.step(np.array([7])), 0)
+        self.assertEqual(cache.step(np.array([7])), 1)
+
+    def test_the_oldest_goes_and_nothing_of_this_step(self):
+        cache = locality.RowCache(locality.WAYS)  # one set
+        cache.step(np.arange(6))
+        cache.step(np.array([10, 11]))
+        self.assertEqual(cache.step(np.arange(4)), 4)
+        self.assertEqual(cache.step(np.array([20, 21])), 0)  # in the places of 4 and 5
+        self.assertEqual(cache.step(np.array([0, 1, 2, 3, 10, 11, 20, 21])), 8)
+        self.assertEqual(cache.step(np.arange(100, 120)), 0)
+        self.assertEqual(cache.step(np.arange(100, 120)), locality.WAYS)
 
 
 class NeedlesTest(unittest.TestCase):
