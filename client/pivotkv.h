@@ -95,7 +95,7 @@ PKV_API int pkv_model_close(struct pkv_model *model);
 
 PKV_API int pkv_seq_create(struct pkv_model *model, uint32_t max_tokens, uint32_t flags, const char *label,
                            struct pkv_seq **ret);
-/* By handle, of the same tenant. -ESTALE: gone; -ENOENT: not this tenant's. */
+/* By handle, of the same tenant. -ESTALE: gone; -ENOENT: not this tenant's; -EALREADY: this connection has it open. */
 PKV_API int pkv_seq_open(struct pkv_model *model, uint64_t handle, struct pkv_seq **ret);
 PKV_API int pkv_seq_close(struct pkv_seq *seq);   /* frees the cache, unless persistent or open elsewhere */
 PKV_API int pkv_seq_destroy(struct pkv_seq *seq); /* frees the cache; other holders get -ESTALE */

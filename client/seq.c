@@ -166,12 +166,22 @@ int pkv_seq_create(struct pkv_model *model, uint32_t max_tokens, uint32_t flags,
     return 0;
 }
 
+/* The daemon knows who has a sequence open by worker, and a writer counts its tokens itself: one handle a connection. */
+static bool open_here(const struct pkv *kv, uint64_t handle)
+{
+    for (const struct pkv_model *m = kv->models; m; m = m->next)
+        for (const struct pkv_seq *s = m->seqs; s; s = s->next)
+            if (s->handle == handle)
+                return true;
+    return false;
+}
+
 /* A persistent sequence without a writer has one from now on: whoever opened it. */
 int pkv_seq_open(struct pkv_model *model, uint64_t handle, struct pkv_seq **ret)
 {
     struct pkv_submission s = {.op = PKV_OP_SEQ_OPEN, .seq = handle};
     struct pkv_completion c;
-    int r = ring_call(model->kv, &s, &c);
+    int r = open_here(model->kv, handle) ? -PKV_ERR_OPEN_TWICE : ring_call(model->kv, &s, &c);
     r = r ? r : adopt(model, handle, c.value1 & ~1ull, ret);
     if (r)
         return kv_done(model->kv, r);

@@ -33,6 +33,7 @@
     X(STALE, ESTALE, "the handle names a sequence that is gone: it was closed or destroyed")                                 \
     X(NO_SEQ, ENOENT, "no such sequence for this tenant")                                                                    \
     X(NOT_OPEN, EBADF, "this worker has not opened the sequence")                                                            \
+    X(OPEN_TWICE, EALREADY, "this connection has the sequence open already: use that handle, or fork the sequence")          \
     X(NOT_WRITER, EACCES, "another worker writes this sequence: fork it to write")                                           \
     X(NOT_GRANTED, EPERM, "the block was not granted to this worker, or is sealed already")                                  \
     X(MODEL_MISMATCH, ENOTUNIQ, "the model's name is registered with another geometry, scheme or weights: use another name") \

@@ -89,6 +89,9 @@ static void test_lengths(void **state)
     REFUSED(pkv_seq_open(m, 7 | 9ull << 32, &none), ESTALE, "gone");
     REFUSED(pkv_seq_open(m, 0, &none), ENOENT, "no such sequence");
     REFUSED(pkv_seq_open(m, UINT64_MAX, &none), ENOENT, "no such sequence");
+    REFUSED(pkv_seq_open(m, pkv_seq_handle(seq), &none), EALREADY, "open already");
+    GOOD(kv, append_all(seq, k, v, 1)); /* the one that has it goes on */
+    GOOD(kv, pkv_seq_truncate(seq, 300));
     REFUSED(pkv_model_close(seq ? m : NULL), 0, "");
 }
 
