@@ -91,29 +91,42 @@ struct sign {
     char *list; /* [tokens][kv_heads][words]; NULL: into the blocks */
 };
 
+static void sign_head(const struct sign *p, const char *rows, uint32_t head, uint64_t first, uint32_t count, uint32_t *to)
+{
+    const struct gpu_sign_args *a = p->a;
+    const struct pkv_geom *g = a->geom;
+    uint32_t each = pkv_geom_words(g), words[GPU_COLUMNS * PKV_SIG_WORDS_MAX];
+    float keys[GPU_COLUMNS * PKV_HEAD_DIM_MAX];
+    for (uint32_t i = 0; i < count; i++) {
+        const char *row = rows + pkv_geom_row_offset(g, head, (uint32_t)((first + i) % PKV_BLOCK_TOKENS));
+        p->gpu->kernels->to_float(row, g->dtype, keys + (uint64_t)i * g->head_dim, g->head_dim);
+    }
+    a->scheme->verbs->sign(a->scheme, p->gpu->kernels, a->layer, head, keys, count, words);
+    for (uint32_t i = 0; i < count; i++) {
+        for (uint32_t w = 0; w < each && to; w++)
+            to[pkv_geom_sig_index(g, head, (uint32_t)((first + i) % PKV_BLOCK_TOKENS), w)] = words[i * each + w];
+        if (!to)
+            memcpy(p->list + ((first + i - a->first_token) * g->kv_heads + head) * each * 4, words + i * each, each * 4ull);
+    }
+}
+
 static void sign_block(void *context, uint64_t i, uint32_t thread)
 {
     (void)thread;
     struct sign *p = context;
     const struct gpu_sign_args *a = p->a;
     const struct pkv_geom *g = a->geom;
-    uint64_t block = a->first_token / PKV_BLOCK_TOKENS + i, end = a->first_token + a->tokens;
+    uint64_t block = a->first_token / PKV_BLOCK_TOKENS + i;
+    uint64_t end = PKV_MIN(a->first_token + a->tokens, (block + 1) * PKV_BLOCK_TOKENS);
     const char *rows = gpu_place(&a->space, a->blocks[block].rows, pkv_geom_block_bytes(g));
-    uint32_t *to = NULL, words[PKV_SIG_WORDS_MAX], count = pkv_geom_words(g);
+    uint32_t *to = NULL;
     if (!p->list)
         to = (uint32_t *)(uintptr_t)gpu_place(&a->space, a->blocks[block].signatures, pkv_geom_sig_block_bytes(g));
-    for (uint32_t h = 0; h < g->kv_heads; h++) {
-        for (uint64_t t = first_of(a->first_token, block); t < PKV_MIN(end, (block + 1) * PKV_BLOCK_TOKENS); t++) {
-            uint32_t in = (uint32_t)(t % PKV_BLOCK_TOKENS);
-            float key[PKV_HEAD_DIM_MAX];
-            p->gpu->kernels->to_float(rows + pkv_geom_row_offset(g, h, in), g->dtype, key, g->head_dim);
-            a->scheme->verbs->sign(a->scheme, p->gpu->kernels, a->layer, h, key, words);
-            for (uint32_t w = 0; w < count && to; w++)
-                to[pkv_geom_sig_index(g, h, in, w)] = words[w];
-            if (!to)
-                memcpy(p->list + ((t - a->first_token) * g->kv_heads + h) * count * 4, words, count * 4ull);
+    for (uint32_t h = 0; h < g->kv_heads; h++)
+        for (uint64_t t = first_of(a->first_token, block), n; t < end; t += n) {
+            n = PKV_MIN(end - t, (uint64_t)GPU_COLUMNS);
+            sign_head(p, rows, h, t, (uint32_t)n, to);
         }
-    }
 }
 
 static int sign_all(struct gpu *gpu, const struct gpu_sign_args *a, void *list)

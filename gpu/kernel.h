@@ -9,6 +9,9 @@
 
 #define GPU_LANES 16
 
+/* Vectors that are mapped at once: one in each lane. */
+#define GPU_COLUMNS 16u
+
 /* Rows that one step of attention merges: the partial sums of a step do not depend on where the rows lie. */
 #define GPU_ATTEND_STEP 64
 
@@ -54,6 +57,9 @@ struct gpu_kernels {
     void (*to_float)(const void *from, uint32_t dtype, float *to, uint64_t count);
     int (*finite)(const void *from, uint32_t dtype, uint64_t count); /* 1 if every number is finite */
     float (*dot)(const float *a, const float *b, uint32_t count);    /* count: a multiple of GPU_LANES */
+    /* `rows` rows [rows][dim] by GPU_COLUMNS vectors x [dim][GPU_COLUMNS]: to [rows][GPU_COLUMNS], each as dot() sums it. */
+    void (*products)(const float *weight, uint32_t rows, uint32_t dim, const float *x, float *to);
+    void (*silu)(float *x, uint32_t count); /* x / (1 + e^-x) in place; count: a multiple of GPU_LANES */
     /* host/rotate.h: to = rotation of from [dim], times gpu_rotate_norm(dim); signs [2][dim]. */
     void (*rotate)(const float *from, const float *signs, uint32_t dim, float *to);
     uint32_t (*positive)(const float *x); /* bit i of 32: x[i] > 0 */

@@ -58,24 +58,38 @@ struct weigh {
     float scale;
 };
 
-/* One scale per q head: the largest weight becomes 127. */
-static void weigh_one(void *context, uint64_t item, uint32_t thread)
+/* One scale per q head: the largest weight becomes 127. Weights of +-1 stay what they are: a plain Hamming distance. */
+static void round_weights(const struct gpu_weights_args *a, const float *w, float unit, uint64_t item)
+{
+    uint32_t bits = a->geom->sig_bits;
+    float max = 0;
+    for (uint32_t b = 0; b < bits; b++)
+        max = fabsf(w[b]) > max ? fabsf(w[b]) : max;
+    max = isfinite(max) ? max : 0;
+    float step = a->scheme->q_signs ? 1.0f : max > 0 ? 127.0f / max : 0.0f;
+    for (uint32_t b = 0; b < bits; b++)
+        a->ret_weights[item * bits + b] = step > 0 ? (int8_t)lrintf(w[b] * step) : 0;
+    a->ret_scales[item] = step > 0 ? unit / step : 0;
+}
+
+/* A q head's queries, GPU_COLUMNS of them. */
+static void weigh_some(void *context, uint64_t item, uint32_t thread)
 {
     (void)thread;
     struct weigh *p = context;
     const struct pkv_geom *g = p->a->geom;
     const struct gpu_kernels *k = p->gpu->kernels;
-    float q[PKV_HEAD_DIM_MAX], w[PKV_SIG_BITS_MAX], unit, max = 0;
-    k->to_float((const char *)p->a->q + item * g->head_dim * pkv_dtype_bytes(g->dtype), g->dtype, q, g->head_dim);
-    p->a->scheme->verbs->weigh(p->a->scheme, k, p->a->layer, (uint32_t)(item % g->q_heads), q, p->scale, w, &unit);
-    for (uint32_t b = 0; b < g->sig_bits; b++)
-        max = fabsf(w[b]) > max ? fabsf(w[b]) : max;
-    max = isfinite(max) ? max : 0;
-    /* Weights of +-1 stay what they are: a plain Hamming distance. */
-    float step = p->a->scheme->q_signs ? 1.0f : max > 0 ? 127.0f / max : 0.0f;
-    for (uint32_t b = 0; b < g->sig_bits; b++)
-        p->a->ret_weights[item * g->sig_bits + b] = step > 0 ? (int8_t)lrintf(w[b] * step) : 0;
-    p->a->ret_scales[item] = step > 0 ? unit / step : 0;
+    uint32_t head = (uint32_t)(item % g->q_heads), first = (uint32_t)(item / g->q_heads) * GPU_COLUMNS;
+    uint32_t count = PKV_MIN(GPU_COLUMNS, p->a->queries - first);
+    float q[GPU_COLUMNS * PKV_HEAD_DIM_MAX], w[GPU_COLUMNS * PKV_SIG_BITS_MAX], unit;
+    uint32_t n = 0;
+    do { /* there is one */
+        uint64_t at = ((uint64_t)(first + n) * g->q_heads + head) * g->head_dim * pkv_dtype_bytes(g->dtype);
+        k->to_float((const char *)p->a->q + at, g->dtype, q + (uint64_t)n * g->head_dim, g->head_dim);
+    } while (++n < count);
+    p->a->scheme->verbs->weigh(p->a->scheme, k, p->a->layer, head, q, count, p->scale, w, &unit);
+    for (uint32_t i = 0; i < count; i++)
+        round_weights(p->a, w + (uint64_t)i * g->sig_bits, unit, (uint64_t)(first + i) * g->q_heads + head);
 }
 
 int gpu_weights(struct gpu *gpu, const struct gpu_weights_args *a)
@@ -87,6 +101,6 @@ int gpu_weights(struct gpu *gpu, const struct gpu_weights_args *a)
     if (!gpu->kernels->finite(a->q, a->geom->dtype, (uint64_t)a->queries * a->geom->q_heads * a->geom->head_dim))
         return -PKV_ERR_NOT_FINITE;
     struct weigh p = {gpu, a, gpu_scale(a->scale, a->geom)};
-    gpu_team_run(&gpu->team, weigh_one, &p, (uint64_t)a->queries * a->geom->q_heads);
+    gpu_team_run(&gpu->team, weigh_some, &p, (uint64_t)PKV_DIV_UP(a->queries, GPU_COLUMNS) * a->geom->q_heads);
     return 0;
 }

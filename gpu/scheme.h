@@ -51,13 +51,13 @@ struct gpu_scheme {
 };
 
 struct scheme_verbs {
-    /* Bits of one key (float, [head_dim]) of a layer and kv head. */
+    /* Bits of 1 to GPU_COLUMNS keys (float, [count][head_dim]) of a layer and kv head: [count][words]. */
     void (*sign)(const struct gpu_scheme *scheme, const struct gpu_kernels *kernels, uint32_t layer, uint32_t head,
-                 const float *key, uint32_t *ret_words);
-    /* Real weights of one query of a layer and q head, [sig_bits]. Times *ret_unit they estimate log2(e) x scale x (q . k) up
-     * to a constant. */
+                 const float *keys, uint32_t count, uint32_t *ret_words);
+    /* Real weights of 1 to GPU_COLUMNS queries [count][head_dim] of a layer and q head, [count][sig_bits]. Times *ret_unit they
+     * estimate log2(e) x scale x (q . k) up to a constant. */
     void (*weigh)(const struct gpu_scheme *scheme, const struct gpu_kernels *kernels, uint32_t layer, uint32_t q_head,
-                  const float *query, float scale, float *ret_weights, float *ret_unit);
+                  const float *queries, uint32_t count, float scale, float *ret_weights, float *ret_unit);
 };
 
 /* The end of splitmix64: every bit of the result depends on every bit of z. */
@@ -80,6 +80,8 @@ void scheme_learn_observe(struct gpu_scheme *scheme, const struct gpu_observatio
 void scheme_moments_free(struct gpu_scheme *scheme);
 /* scheme_solve.c: a layer's maps, levels and bits from its moments. */
 int scheme_solve_layer(struct gpu_scheme *scheme, uint32_t layer);
+/* scheme_map.c */
+extern const struct scheme_verbs scheme_linear_verbs, scheme_hash_verbs;
 /* scheme_file.c: all of them. */
 int scheme_file_open(struct gpu_scheme *scheme, const char *path, uint8_t ret_digest[PKV_DIGEST_BYTES]);
 

@@ -137,144 +137,6 @@ static int load_sign(struct gpu_scheme *s, const struct safetensors *st)
     return r;
 }
 
-/* ---- using ---- */
-
-static void apply_first(const struct gpu_kernels *kernels, const struct scheme_map *map, uint64_t at, uint32_t count,
-                        const float *from, float *to)
-{
-    for (uint32_t o = 0; o < count; o++) {
-        to[o] = kernels->dot(map->weight + (at * map->out + o) * map->in, from, map->in);
-        if (map->bias)
-            to[o] += map->bias[at * map->out + o];
-    }
-}
-
-static void apply(const struct gpu_kernels *kernels, const struct scheme_map *map, uint64_t at, const float *from, float *to)
-{
-    apply_first(kernels, map, at, map->out, from, to);
-}
-
-static void apply_mlp(const struct gpu_kernels *kernels, const struct scheme_map *maps, uint32_t stages, uint64_t at,
-                      const float *from, float *ret)
-{
-    float a[SCHEME_WIDTH_MAX], b[SCHEME_WIDTH_MAX];
-    for (uint32_t i = 0; i < stages; i++) {
-        float *to = i + 1 == stages ? ret : i % 2 ? b : a;
-        apply(kernels, &maps[i], at, from, to);
-        for (uint32_t o = 0; i + 1 < stages && o < maps[i].out; o++)
-            to[o] /= 1.0f + expf(-to[o]); /* SiLU */
-        from = to;
-    }
-}
-
-static void centre(const struct gpu_scheme *s, uint64_t at, const float *key, float *to)
-{
-    for (uint32_t d = 0; d < s->geom.head_dim; d++)
-        to[d] = key[d] - (s->mean ? s->mean[at * s->geom.head_dim + d] : 0.0f);
-}
-
-static void bits_of_signs(const float *values, uint32_t first, uint32_t count, uint32_t *words)
-{
-    for (uint32_t i = 0; i < count; i++)
-        words[(first + i) / 32] |= (uint32_t)(values[i] > 0) << (first + i) % 32;
-}
-
-static void linear_sign(const struct gpu_scheme *s, const struct gpu_kernels *kernels, uint32_t layer, uint32_t head,
-                        const float *key, uint32_t *words)
-{
-    uint64_t at = (uint64_t)layer * s->geom.kv_heads + head;
-    float k[PKV_HEAD_DIM_MAX], values[PKV_SIG_BITS_MAX];
-    centre(s, at, key, k);
-    apply(kernels, &s->k[0], at, k, values);
-    memset(words, 0, pkv_geom_words(&s->geom) * sizeof(*words));
-    bits_of_signs(values, 0, s->geom.sig_bits, words);
-}
-
-static void linear_weigh(const struct gpu_scheme *s, const struct gpu_kernels *kernels, uint32_t layer, uint32_t q_head,
-                         const float *query, float scale, float *weights, float *ret_unit)
-{
-    const struct pkv_geom *g = &s->geom;
-    if (s->q_stages)
-        apply(kernels, &s->q[0], (uint64_t)layer * g->q_heads + q_head, query, weights);
-    else
-        apply(kernels, &s->k[0], (uint64_t)layer * g->kv_heads + q_head / pkv_geom_group(g), query, weights);
-    for (uint32_t b = 0; b < g->sig_bits && s->q_signs; b++)
-        weights[b] = weights[b] > 0 ? 1.0f : -1.0f;
-    *ret_unit = s->unit * (s->q_signs ? 1.0f : 2.0f * scale * 1.44269504f);
-}
-
-static void hash_sign(const struct gpu_scheme *s, const struct gpu_kernels *kernels, uint32_t layer, uint32_t head,
-                      const float *key, uint32_t *words)
-{
-    const struct pkv_geom *g = &s->geom;
-    uint32_t group = pkv_geom_group(g), bits = g->sig_bits / group;
-    float values[PKV_SIG_BITS_MAX];
-    memset(words, 0, pkv_geom_words(g) * sizeof(*words));
-    for (uint32_t i = 0; i < group; i++) {
-        apply_mlp(kernels, s->k, s->k_stages, (uint64_t)layer * g->q_heads + head * group + i, key, values);
-        bits_of_signs(values, i * bits, bits, words);
-    }
-}
-
-static void hash_weigh(const struct gpu_scheme *s, const struct gpu_kernels *kernels, uint32_t layer, uint32_t q_head,
-                       const float *query, float scale, float *weights, float *ret_unit)
-{
-    (void)scale;
-    const struct pkv_geom *g = &s->geom;
-    uint32_t group = pkv_geom_group(g), bits = g->sig_bits / group;
-    float values[PKV_SIG_BITS_MAX];
-    apply_mlp(kernels, s->q, s->q_stages, (uint64_t)layer * g->q_heads + q_head, query, values);
-    memset(weights, 0, g->sig_bits * sizeof(*weights));
-    for (uint32_t i = 0; i < bits; i++)
-        weights[q_head % group * bits + i] = values[i] > 0 ? 1.0f : -1.0f;
-    *ret_unit = s->unit;
-}
-
-/* Dimensions up to the last one that has bits. */
-static uint32_t dims_used(const struct gpu_scheme *s, uint64_t at)
-{
-    uint32_t used = s->dims;
-    while (used && !s->bits[at * s->dims + used - 1])
-        used--;
-    return used;
-}
-
-static void code_sign(const struct gpu_scheme *s, const struct gpu_kernels *kernels, uint32_t layer, uint32_t head,
-                      const float *key, uint32_t *words)
-{
-    uint64_t at = (uint64_t)layer * s->geom.kv_heads + head;
-    float k[PKV_HEAD_DIM_MAX], values[PKV_HEAD_DIM_MAX];
-    uint32_t bit = 0, used = dims_used(s, at);
-    centre(s, at, key, k);
-    apply_first(kernels, &s->k[0], at, used, k, values);
-    memset(words, 0, pkv_geom_words(&s->geom) * sizeof(*words));
-    for (uint32_t i = 0; i < used; i++) {
-        uint64_t dim = at * s->dims + i;
-        float most = (float)((1u << s->bits[dim]) - 1), level = floorf((values[i] - s->low[dim]) / s->step[dim]);
-        uint32_t code = (uint32_t)(level < 0 ? 0 : level > most ? most : level);
-        for (uint32_t p = 0; p < s->bits[dim]; p++, bit++)
-            words[bit / 32] |= (code >> p & 1) << bit % 32;
-    }
-}
-
-static void code_weigh(const struct gpu_scheme *s, const struct gpu_kernels *kernels, uint32_t layer, uint32_t q_head,
-                       const float *query, float scale, float *weights, float *ret_unit)
-{
-    uint64_t at = (uint64_t)layer * s->geom.kv_heads + q_head / pkv_geom_group(&s->geom);
-    float values[PKV_HEAD_DIM_MAX];
-    uint32_t bit = 0, used = dims_used(s, at);
-    apply_first(kernels, &s->q[0], at, used, query, values);
-    for (uint32_t i = 0; i < used; i++) {
-        uint64_t dim = at * s->dims + i;
-        for (uint32_t p = 0; p < s->bits[dim]; p++)
-            weights[bit++] = values[i] * s->step[dim] * (float)(1u << p);
-    }
-    *ret_unit = s->unit * scale * 1.44269504f;
-}
-
-static const struct scheme_verbs linear = {linear_sign, linear_weigh}, hash = {hash_sign, hash_weigh};
-const struct scheme_verbs scheme_code_verbs = {code_sign, code_weigh};
-
 /* "unit" in the metadata: log2-score of one unit of weight, relative to what the scheme assumes. */
 static int load_unit(struct gpu_scheme *s, const struct safetensors *st)
 {
@@ -320,8 +182,8 @@ int scheme_file_open(struct gpu_scheme *s, const char *path, uint8_t ret_digest[
         int (*load)(struct gpu_scheme *s, const struct safetensors *st);
     } kinds[] = {[PKV_SCHEME_SIGN] = {&scheme_sign_verbs, load_sign},
                  [PKV_SCHEME_CODE] = {&scheme_code_verbs, load_code},
-                 [PKV_SCHEME_LINEAR] = {&linear, load_linear},
-                 [PKV_SCHEME_HASH] = {&hash, load_hash}};
+                 [PKV_SCHEME_LINEAR] = {&scheme_linear_verbs, load_linear},
+                 [PKV_SCHEME_HASH] = {&scheme_hash_verbs, load_hash}};
     struct safetensors st;
     int r = safetensors_open(path, &st, ret_digest);
     if (r)

@@ -299,18 +299,18 @@ static bool solved(const struct gpu_scheme *s, uint32_t layer)
     return s->learnt[layer] == SCHEME_SOLVED;
 }
 
-static void sign(const struct gpu_scheme *s, const struct gpu_kernels *kernels, uint32_t layer, uint32_t head, const float *key,
-                 uint32_t *words)
+static void sign(const struct gpu_scheme *s, const struct gpu_kernels *kernels, uint32_t layer, uint32_t head,
+                 const float *keys, uint32_t count, uint32_t *words)
 {
     const struct scheme_verbs *verbs = solved(s, layer) ? &scheme_code_verbs : &scheme_sign_verbs;
-    verbs->sign(s, kernels, layer, head, key, words);
+    verbs->sign(s, kernels, layer, head, keys, count, words);
 }
 
 static void weigh(const struct gpu_scheme *s, const struct gpu_kernels *kernels, uint32_t layer, uint32_t q_head,
-                  const float *query, float scale, float *weights, float *unit)
+                  const float *queries, uint32_t count, float scale, float *weights, float *unit)
 {
     const struct scheme_verbs *verbs = solved(s, layer) ? &scheme_code_verbs : &scheme_sign_verbs;
-    verbs->weigh(s, kernels, layer, q_head, query, scale, weights, unit);
+    verbs->weigh(s, kernels, layer, q_head, queries, count, scale, weights, unit);
 }
 
 const struct scheme_verbs scheme_learn_verbs = {sign, weigh};

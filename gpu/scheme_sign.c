@@ -26,28 +26,32 @@ static void rotate(const struct gpu_scheme *s, const struct gpu_kernels *kernels
         to[i] *= norm;
 }
 
-static void sign(const struct gpu_scheme *s, const struct gpu_kernels *kernels, uint32_t layer, uint32_t head, const float *key,
-                 uint32_t *words)
+static void sign(const struct gpu_scheme *s, const struct gpu_kernels *kernels, uint32_t layer, uint32_t head,
+                 const float *keys, uint32_t count, uint32_t *words)
 {
     const struct pkv_geom *g = &s->geom;
     const float *mean = s->mean + ((uint64_t)layer * g->kv_heads + head) * g->head_dim;
     float k[PKV_HEAD_DIM_MAX], rotated[2 * PKV_SIG_BITS_MAX];
-    for (uint32_t d = 0; d < g->head_dim; d++)
-        k[d] = key[d] - mean[d];
-    rotate(s, kernels, k, rotated);
-    for (uint32_t w = 0; w < pkv_geom_words(g); w++)
-        words[w] = kernels->positive(rotated + w * 32ull);
+    for (uint32_t i = 0; i < count; i++, keys += g->head_dim) {
+        for (uint32_t d = 0; d < g->head_dim; d++)
+            k[d] = keys[d] - mean[d];
+        rotate(s, kernels, k, rotated);
+        for (uint32_t w = 0; w < pkv_geom_words(g); w++)
+            *words++ = kernels->positive(rotated + w * 32ull);
+    }
 }
 
 static void weigh(const struct gpu_scheme *s, const struct gpu_kernels *kernels, uint32_t layer, uint32_t q_head,
-                  const float *query, float scale, float *weights, float *ret_unit)
+                  const float *queries, uint32_t count, float scale, float *weights, float *ret_unit)
 {
     const struct pkv_geom *g = &s->geom;
     uint64_t at = (uint64_t)layer * g->kv_heads + q_head / pkv_geom_group(g);
     float rotated[2 * PKV_SIG_BITS_MAX];
-    rotate(s, kernels, query, rotated);
-    for (uint32_t b = 0; b < g->sig_bits; b++)
-        weights[b] = rotated[b] * s->deviation[at * g->sig_bits + b];
+    for (uint32_t i = 0; i < count; i++, weights += g->sig_bits) {
+        rotate(s, kernels, queries + (uint64_t)i * g->head_dim, rotated);
+        for (uint32_t b = 0; b < g->sig_bits; b++)
+            weights[b] = rotated[b] * s->deviation[at * g->sig_bits + b];
+    }
     /* A bit moves its channel from -E|x| to +E|x|: twice its weight. Several bases estimate the same product. */
     float partial = g->sig_bits < g->head_dim ? (float)g->head_dim / (float)g->sig_bits : 1.0f;
     *ret_unit = 2.0f * scale * 1.44269504f * sqrtf(partial) / (float)s->bases;

@@ -85,6 +85,18 @@ static float reduce(const float *lanes)
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
+/* reduce() of sixteen sums at once, one in each lane. */
+static inline void tree(lanes16 *sum, float *ret)
+{
+#pragma GCC unroll 8
+    for (int l = 0; l < 8; l++)
+        sum[l] += sum[l + 8];
+#pragma GCC unroll 4
+    for (int l = 0; l < 4; l++)
+        sum[l] += sum[l + 4];
+    *(lanes16 *)(void *)ret = (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
 static float dot(const float *a, const float *b, uint32_t count)
 {
     union {
@@ -96,7 +108,47 @@ static float dot(const float *a, const float *b, uint32_t count)
     return reduce(sum.f);
 }
 
-/* ---- attention ---- */
+static void products(const float *weight, uint32_t rows, uint32_t dim, const float *x, float *to)
+{
+    for (uint32_t r = 0; r < rows; r++, weight += dim) {
+        lanes16 sum[GPU_LANES]; /* lane l of every vector's sum, added as reduce() does */
+#pragma GCC unroll 16
+        for (int l = 0; l < GPU_LANES; l++)
+            sum[l] = (lanes16){0};
+        for (uint32_t d = 0; d < dim; d += GPU_LANES) {
+#pragma GCC unroll 16
+            for (int l = 0; l < GPU_LANES; l++)
+                sum[l] += weight[d + l] * *(const lanes16 *)(const void *)(x + (uint64_t)(d + l) * GPU_COLUMNS);
+        }
+        tree(sum, to + (uint64_t)r * GPU_COLUMNS);
+    }
+}
+
+/* ---- exponentials ---- */
+
+static void silu(float *values, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i += GPU_LANES) {
+        lanes16 *at = (lanes16 *)(void *)(values + i), v = *at;
+        ints16 below = v < 0;
+        lanes16 x = PICK16(below, v, -v), low = (lanes16){0} - 87.0f;
+        ints16 tiny = x < low;
+        x = PICK16(tiny, low, x); /* from here on exp_negative() in every lane */
+        lanes16 n = x * 1.44269504f;
+        ints16 whole = __builtin_convertvector(n - 0.5f, ints16);
+        lanes16 w = __builtin_convertvector(whole, lanes16);
+        lanes16 r = (x - w * 0.693359375f) - w * -2.12194440e-4f;
+        lanes16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+        p = p * r + 8.3334519073e-3f;
+        p = p * r + 4.1665795894e-2f;
+        p = p * r + 1.6666665459e-1f;
+        p = p * r + 5.0000001201e-1f;
+        p = (p * r) * r + r + 1.0f;
+        lanes16 e = p * (lanes16)((whole + 127) << 23);
+        e = PICK16(tiny, (lanes16){0}, e); /* or a huge x would bring it back */
+        *at = PICK16(below, v * e, v) / (1.0f + e);
+    }
+}
 
 /* e^x for x <= 0: 2^n times a polynomial (Cephes), absolute error below 2e-7. */
 static float exp_negative(float x)
@@ -118,6 +170,8 @@ static float exp_negative(float x)
     return p * power;
 }
 
+/* ---- attention ---- */
+
 /* Scores of 16 rows at once from keys [head_dim][64]: lane l of every row's sum is one accumulator, added as reduce() does. */
 static inline void scores_of_rows(const float *q, const float *keys, uint32_t head_dim, float *ret)
 {
@@ -130,13 +184,7 @@ static inline void scores_of_rows(const float *q, const float *keys, uint32_t he
         for (int l = 0; l < GPU_LANES; l++)
             sum[l] += q[d + l] * *(const lanes16 *)(const void *)(keys + (uint64_t)(d + l) * GPU_ATTEND_STEP);
     }
-#pragma GCC unroll 8
-    for (int l = 0; l < 8; l++)
-        sum[l] += sum[l + 8];
-#pragma GCC unroll 4
-    for (int l = 0; l < 4; l++)
-        sum[l] += sum[l + 4];
-    *(lanes16 *)(void *)ret = (sum[0] + sum[2]) + (sum[1] + sum[3]);
+    tree(sum, ret);
 }
 
 /* out[32] = out * keep + sum over rows of weight x value, rows in order. */
@@ -316,6 +364,8 @@ const struct gpu_kernels GPU_KERNELS = {
     .to_float = to_float,
     .finite = finite_all,
     .dot = dot,
+    .products = products,
+    .silu = silu,
     .rotate = rotate,
     .positive = positive,
     .score = score,

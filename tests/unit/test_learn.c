@@ -112,11 +112,11 @@ static double agreement(const struct gpu_scheme *s, const float *k, const float 
         const float *y = q + (uint64_t)n * Q * DIM;
         float weights[BITS], unit;
         double sx = 0, sy = 0, sxx = 0, syy = 0, sxy = 0;
-        s->verbs->weigh(s, &gpu_kernels_c, 0, 0, y, 0.125f, weights, &unit);
+        s->verbs->weigh(s, &gpu_kernels_c, 0, 0, y, 1, 0.125f, weights, &unit);
         for (uint32_t t = 100; t < 1100; t++) {
             uint32_t words[BITS / 32];
             double exact = 0, estimate = 0;
-            s->verbs->sign(s, &gpu_kernels_c, 0, 0, k + (uint64_t)t * KV * DIM, words);
+            s->verbs->sign(s, &gpu_kernels_c, 0, 0, k + (uint64_t)t * KV * DIM, 1, words);
             for (uint32_t d = 0; d < DIM; d++)
                 exact += (double)k[(uint64_t)t * KV * DIM + d] * y[d];
             for (uint32_t b = 0; b < BITS; b++)
@@ -145,8 +145,8 @@ static void assert_sign_alike(const struct gpu_scheme *x, const struct gpu_schem
 {
     for (uint32_t t = 0; t < 100; t++) {
         uint32_t a[2], b[2];
-        x->verbs->sign(x, &gpu_kernels_c, 1, 1, k + (uint64_t)t * DIM, a);
-        y->verbs->sign(y, &gpu_kernels_c, 1, 1, k + (uint64_t)t * DIM, b);
+        x->verbs->sign(x, &gpu_kernels_c, 1, 1, k + (uint64_t)t * DIM, 1, a);
+        y->verbs->sign(y, &gpu_kernels_c, 1, 1, k + (uint64_t)t * DIM, 1, b);
         assert_memory_equal(a, b, sizeof(a));
     }
 }

@@ -26,6 +26,43 @@ static uint32_t bit(const struct signed_block *b, uint32_t head, uint32_t token,
     return b->words[pkv_geom_sig_index(&geom, head, token, n / 32)] >> n % 32 & 1;
 }
 
+/* Plain C, tokens cut in pieces, queries one by one: the same bits. */
+static void alike_in_pieces(const struct gpu_scheme *scheme, const struct signed_block *b)
+{
+    enum { QUERIES = 21 };
+    static struct signed_block other;
+    static int8_t weights[2][QUERIES * Q * BITS];
+    static float scales[2][QUERIES * Q];
+    float *q = test_floats(77, QUERIES * Q * DIM);
+    struct gpu *gpu[2] = {NULL, NULL};
+    assert_int_equal(gpu_open(&(struct gpu_options){.threads = 1}, &gpu[0]), 0);
+    assert_int_equal(gpu_open(&(struct gpu_options){.threads = 1, .isa = "c"}, &gpu[1]), 0);
+    uint64_t bases[2] = {(uint64_t)(uintptr_t)b->rows, (uint64_t)(uintptr_t)other.words};
+    struct pkv_block_ref ref = {pkv_place(PKV_TIER_POOL, 0, 0, 1), pkv_place(PKV_TIER_POOL, 1, 0, 1)};
+    struct gpu_sign_args sign = {
+        .geom = &geom, .space = {{NULL, bases, NULL}}, .scheme = scheme, .layer = 1, .blocks = &ref, .tokens = 1};
+    for (uint32_t n = 1; sign.first_token < TOKENS; n = n * 2 % 31, sign.first_token += sign.tokens) {
+        sign.tokens = (uint32_t)PKV_MIN(n, TOKENS - sign.first_token);
+        assert_int_equal(gpu_sign(gpu[1], &sign), 0);
+    }
+    assert_memory_equal(other.words, b->words, sizeof(b->words));
+    for (uint32_t i = 0; i <= QUERIES; i++) { /* all, then each */
+        uint32_t at = i ? i - 1 : 0;
+        struct gpu_weights_args weigh = {.geom = &geom,
+                                         .scheme = scheme,
+                                         .layer = 1,
+                                         .queries = i ? 1 : QUERIES,
+                                         .q = q + at * Q * DIM,
+                                         .ret_weights = weights[i > 0] + at * Q * BITS,
+                                         .ret_scales = scales[i > 0] + at * Q};
+        assert_int_equal(gpu_weights(gpu[i > 0], &weigh), 0);
+    }
+    assert_memory_equal(weights[0], weights[1], sizeof(weights[0]));
+    assert_memory_equal(scales[0], scales[1], sizeof(scales[0]));
+    gpu_close(gpu[0]), gpu_close(gpu[1]);
+    free(q);
+}
+
 /* Signs 64 tokens of layer 1 and weighs one query. */
 static void use_open(const struct gpu_scheme *scheme, const float *k, const float *q, struct signed_block *b)
 {
@@ -42,6 +79,7 @@ static void use_open(const struct gpu_scheme *scheme, const float *k, const floa
     assert_int_equal(gpu_sign(gpu, &sign), 0);
     assert_int_equal(gpu_weights(gpu, &weigh), 0);
     gpu_close(gpu);
+    alike_in_pieces(scheme, b);
 }
 
 /* Opens the scheme from the file (which goes) and uses it. */
@@ -284,11 +322,39 @@ static void test_metadata(void **state)
     free(w), free(k);
 }
 
+/* The vector form of SiLU is near the library's, the same in all instruction sets, and finite where it should be. */
+static void test_silu(void **state)
+{
+    (void)state;
+    enum { COUNT = 4096 };
+    static const char *const isas[] = {"c", "avx2", "avx512"};
+    float *x = test_floats(3, COUNT), first[COUNT], to[COUNT];
+    for (uint32_t i = 0; i < COUNT; i++)
+        x[i] *= i < 16 ? 1e6f : i < 2048 ? 5 : 60;
+    x[16] = 0, x[17] = -0.0f, x[18] = 3e38f, x[19] = -3e38f;
+    for (uint32_t n = 0; n < PKV_ARRAY_LEN(isas); n++) {
+        const struct gpu_kernels *kernels = gpu_kernels_choose(isas[n]);
+        memcpy(to, x, sizeof(to));
+        if (kernels)
+            kernels->silu(to, COUNT);
+        if (!n)
+            memcpy(first, to, sizeof(to));
+        for (uint32_t i = 0; i < COUNT && kernels; i++) {
+            double exact = x[i] / (1 + exp(-(double)x[i]));
+            assert_true(fabs(to[i] - exact) <= 1e-6 * fabs(exact) + 1e-30);
+        }
+        if (kernels)
+            assert_memory_equal(first, to, sizeof(to));
+    }
+    free(x);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_linear), cmocka_unit_test(test_hash),     cmocka_unit_test(test_code),
         cmocka_unit_test(test_sign),   cmocka_unit_test(test_metadata), cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_silu),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
