@@ -233,7 +233,7 @@ def finish(plan: Plan, checkpoint: Checkpoint, path: str | os.PathLike) -> np.nd
 
 
 def plan_of(kind: str, recordings: Iterable[str | os.PathLike], query: str = "value", **options) -> Plan:
-    """The paper's settings, but for what `options` names. linear: bits are of the kv head."""
+    """The default settings, but for what `options` names. linear: bits are of the kv head."""
     if kind == "linear":
         options = {"hidden": (), "bits": 128, **options}
     return Plan(kind, tuple(str(path) for path in recordings), Options(**options), query)
