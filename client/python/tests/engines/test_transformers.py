@@ -126,6 +126,16 @@ class FullBudgetTest(Fixture):
                 for i in range(49, 79):
                     self.assertEqual(decode(made[i]).argmax(-1).tolist(), made[i + 1].tolist())
 
+    def test_calibration_does_not_race(self):
+        """A prompt calibrates, beside its reading; decoding waits for it, so that every run selects the same."""
+        model, inputs, made = tiny.model(max_position_embeddings=2048), prompts([1300]), []
+        for stream in (False, False, True):
+            with Cache(self.kv, model, pivotkv.Budget(k=24, sinks=8, recent=16), name=f"race {len(made)}", stream=stream,
+                       prefill=pivotkv.Budget(k=1, dense_below=2000)) as cache:
+                made.append(self.greedy(model, inputs, cache).tolist())
+        self.assertEqual(made[0], made[1])
+        self.assertEqual(made[0], made[2])
+
     def test_alike_but_for_rope(self):
         """The same weights with another RoPE, or signed in another way, are another model to the service."""
         budget, inputs = covers(100), prompts([100])
