@@ -35,7 +35,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["mass"], help=f"of {', '.join(WHATS)}; default: mass")
     parser.add_argument("--model", choices=sorted(DEFAULTS), default="smollm2")
-    parser.add_argument("--signatures", help="code:BITS, sign:BITS, hash:BITS:FILE, linear:BITS:FILE, oracle, quest; commas")
+    parser.add_argument("--signatures", help="code:BITS, code:BITS/BITS/.. by layer, sign:BITS, hash:BITS:FILE, "
+                        "linear:BITS:FILE, oracle, quest; commas")
     parser.add_argument("--texts", help=f"with commas, or files; shrinkage was chosen on {', '.join(TUNING)}, held out were "
                         f"{', '.join(HELD_OUT)}")
     parser.add_argument("--budgets", help="k of needles, with commas; default: 128,512,2048")
