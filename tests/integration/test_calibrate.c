@@ -356,9 +356,13 @@ static void test_race(void **state)
     struct worker a = worker("race", 0, 0), b = worker("race", PKV_CONNECT_SERVED, 0);
     struct pkv_seq *second = create(&a);
     hold(true);
-    GOOD(a.kv, append_all(a.seq, keys, values, TOKENS));
-    GOOD(a.kv, append_all(second, keys, values, TOKENS));
-    attend(&a, a.seq, 2048), attend(&a, second, 2048); /* both teach */
+    struct pkv_seq *both[] = {a.seq, second};
+    for (int i = 0; i < 2; i++) { /* both teach */
+        GOOD(a.kv, append_all(both[i], keys, values, SHORT));
+        attend(&a, both[i], TOKENS / PIECE * PIECE / 2);
+    }
+    for (int i = 0; i < 2; i++)
+        GOOD(a.kv, append_all(both[i], keys + SHORT * ROW, values + SHORT * ROW, TOKENS - SHORT));
     teach(&b, b.seq);
     await_solves(2);
     hold(false);
