@@ -175,8 +175,9 @@ static void begin(struct pkv_model *m, uint32_t number)
 static void copy_early(struct pkv_model *m, uint32_t layer)
 {
     struct calibration *c = &m->calibration;
-    if (c->early_over || (c->early && gpu_scheme_gathered(c->early, layer, 1)) || c->early_layers == m->geom.layers ||
-        !gpu_scheme_gathered(c->learner, layer, GPU_LEARN_EARLY))
+    if (c->early_over || c->early_layers == m->geom.layers || !gpu_scheme_gathered(c->learner, layer, GPU_LEARN_EARLY))
+        return; /* when it is complete it may be the thread's */
+    if (c->early && gpu_scheme_gathered(c->early, layer, 1))
         return;
     if (!c->early && learner_open(m, &c->early)) {
         c->early_over = true;
