@@ -10,7 +10,9 @@
 #include "gpu/cuda/scan.cuh"
 
 #define THREADS   (SCAN_WARPS * WARP)
-#define MAGNITUDE 12u /* bits, of a sum of weights of a whole group */
+#define MAGNITUDE 12u   /* bits, of a sum of weights of a whole group */
+#define WHOLE     2047u /* codes of a smaller range are counted whole */
+#define APART     256u  /* codes of fewer values are counted eight times, each with a gap of one against bank conflicts */
 
 struct integer_shared {
     uint32_t counts[2048 + 8];
@@ -30,6 +32,7 @@ struct integer_rule {
     int low;                    /* the least score: of each head where they are summed up, so none may reach it */
     uint32_t shift;             /* code = 1 + (score - low >> shift) */
     uint32_t low_bits;          /* of codes, that are not counted */
+    bool apart;                 /* few codes: every eighth lane counts for itself, since many tokens have the same */
     bool wide, plain;           /* score - low needs more than sixteen bits; one row of weights of +-1, up to 128 bits */
     uint32_t signs, magnitudes; /* of this lane's word, if plain */
     uint32_t offset;            /* of the first row's least score from the least of all */
@@ -86,7 +89,8 @@ static __device__ struct integer_rule rule_take(const struct cuda_attend &a, str
     }
     uint32_t range = (uint32_t)(high - rule.low);
     rule.shift = gpu_code_shift(rule.low, high), rule.wide = range > 0xffff;
-    rule.low_bits = range >= 2047 ? CODE_LOW_BITS : 0;
+    rule.low_bits = range >= WHOLE ? CODE_LOW_BITS : 0;
+    rule.apart = range < APART - 1;
     rule.offset = (uint32_t)(m->rows[0].low - rule.low);
     rule.plain = rule.rows == 1 && rule.bits == 1 && words <= 4;
     rule.signs = lane % 4 < words ? m->rows[0].signs[lane % 4] : 0;
@@ -167,6 +171,18 @@ static __device__ __forceinline__ uint32_t plain_score_of(const struct token_wor
     return __byte_perm(quad_add(n.x + (n.y << 8) + (n.z << 16) + (n.w << 24)), 0, 0x4440 + lane % 4) + rule.offset;
 }
 
+/* Eight lanes' counts of few codes into one. */
+static __device__ void counts_join(uint32_t *counts)
+{
+    uint32_t sum = 0;
+    for (uint32_t i = 0; i < 8 && threadIdx.x < APART; i++)
+        sum += counts[i * (APART + 1) + threadIdx.x];
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < 2048 + 8; i += THREADS)
+        counts[i] = i < APART ? sum : 0;
+    __syncthreads();
+}
+
 template <uint32_t COPIES>
 __global__ void __launch_bounds__(THREADS, 2) integer_kernel(const __grid_constant__ struct cuda_attend a)
 {
@@ -193,15 +209,18 @@ __global__ void __launch_bounds__(THREADS, 2) integer_kernel(const __grid_consta
     struct integer_rule rule = rule_take(a, m, (uint64_t)query * g.q_heads + head * pkv_geom_group(&g));
     uint32_t *counts = a.work.counts + ((uint64_t)list * a.parts + part) * CUDA_COUNTS;
     uint16_t *codes = a.work.codes + list * codes_stride(a) + (uint64_t)s.begin * PKV_BLOCK_TOKENS;
+    uint32_t *own = m->counts + (rule.apart ? threadIdx.x % 8 * (APART + 1) : 0);
     if (COPIES != 1 && rule.plain)
         scan_blocks<COPIES>(
-            s, span, words, codes, m->counts, rule.low_bits, addresses, [&](uint32_t at) { return words_load<2>(at); },
+            s, span, words, codes, own, rule.low_bits, addresses, [&](uint32_t at) { return words_load<2>(at); },
             [&](const struct token_words<2> &x, uint32_t lane) { return 1 + (plain_score_of(x, rule, lane) >> rule.shift); });
     else
         scan_blocks<COPIES>(
-            s, span, words, codes, m->counts, rule.low_bits, addresses, [&](uint32_t at) { return words_load<COPIES>(at); },
+            s, span, words, codes, own, rule.low_bits, addresses, [&](uint32_t at) { return words_load<COPIES>(at); },
             [&](const struct token_words<COPIES> &x, uint32_t lane) { return 1 + (score_of(x, m, rule, lane) >> rule.shift); });
     __syncthreads();
+    if (rule.apart)
+        counts_join(m->counts);
     write_counts(suffix_sums(m->counts, m->warp_sums), counts);
     if (threadIdx.x == 0)
         counts[CUDA_LOW_BITS] = rule.low_bits;
@@ -257,9 +276,18 @@ extern "C" int cuda_integer_preload(void)
     return cudaFuncGetAttributes(&f, refine_kernel) == cudaSuccess ? 0 : -(int)PKV_ERR_UNSUPPORTED;
 }
 
+/* Weights of +-1 of so few bits that all codes are counted whole: rule_take() finds the same. The heads' largest lies between
+ * one head's least and another's largest score. */
+static bool counted_whole(const struct cuda_attend *a)
+{
+    bool ones = !a->weighed && a->scheme.q_signs && (a->scheme.kind == PKV_SCHEME_HASH || a->scheme.kind == PKV_SCHEME_LINEAR);
+    uint32_t heads = a->policy.rule == PKV_RULE_SUM ? pkv_geom_group(&a->geom) : 2;
+    return ones && heads * a->geom.sig_bits < WHOLE;
+}
+
 extern "C" int cuda_integer_launch(const struct cuda_attend *a, void *stream)
 {
     dim3 grid(a->queries * a->geom.kv_heads * a->parts);
     int r = launch(kernel_of(a->geom.sig_bits), grid, THREADS, sizeof(struct integer_shared), *a, stream);
-    return r ? r : launch(refine_kernel, grid, THREADS, 0, *a, stream);
+    return r || counted_whole(a) ? r : launch(refine_kernel, grid, THREADS, 0, *a, stream);
 }

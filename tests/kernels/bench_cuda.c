@@ -319,11 +319,13 @@ static void bench_hamming(struct bench *b, double signatures)
         weights[i] = (int8_t)(i % bits / (bits / 4) != i / bits % 4 ? 0 : below(2) ? 1 : -1);
     CUDA(cudaMemcpy(b->layer[0].a.work.weights, weights, (uint64_t)heads * bits, cudaMemcpyHostToDevice));
     free(weights);
-    for (uint32_t l = 0; l < b->layers; l++)
-        b->layer[l].a.policy.rule = PKV_RULE_SUM;
+    for (uint32_t l = 0; l < b->layers; l++) {
+        struct cuda_attend *a = &b->layer[l].a;
+        a->policy.rule = PKV_RULE_SUM, a->scheme.kind = PKV_SCHEME_HASH, a->scheme.q_signs = 1;
+    }
     report(b, "scan, plain Hamming", timed(b, run_scan), signatures);
     for (uint32_t l = 0; l < b->layers; l++)
-        b->layer[l].a.policy.rule = PKV_RULE_SOFTMAX;
+        b->layer[l].a.policy.rule = PKV_RULE_SOFTMAX, b->layer[l].a.scheme = b->scheme;
 }
 
 static void bench_shape(uint32_t tokens, uint32_t batch, uint32_t bits)
