@@ -72,12 +72,15 @@ static __device__ struct integer_rule rule_take(const struct cuda_attend &a, str
     struct integer_rule rule = {.rows = sum ? 1 : group, .words = words};
     for (uint32_t i = threadIdx.x / WARP; i < rule.rows * words; i += SCAN_WARPS) {
         uint32_t row = i / words, word = i % words;
-        int weight = 0;
-        for (uint32_t h = row; h < (sum ? group : row + 1); h++) {
-            int own = a.work.weights[(q_head + h) * a.geom.sig_bits + word * WARP + lane];
-            reach_add(m, h, own);
-            weight += own;
-        }
+        uint32_t end = sum ? group : row + 1;
+        int weight = 0, own[PKV_GROUP_MAX]; /* all on their way together */
+#pragma unroll
+        for (uint32_t h = 0; h < PKV_GROUP_MAX; h++)
+            own[h] = row + h < end ? a.work.weights[(q_head + row + h) * a.geom.sig_bits + word * WARP + lane] : 0;
+#pragma unroll
+        for (uint32_t h = 0; h < PKV_GROUP_MAX; h++)
+            if (row + h < end)
+                reach_add(m, row + h, own[h]), weight += own[h];
         row_write(m, m->rows + row, weight, word);
     }
     __syncthreads();
