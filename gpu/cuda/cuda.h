@@ -100,7 +100,7 @@ struct cuda_attend {
     struct cuda_cache cache;
     const uint64_t *base[PKV_TIERS]; /* [PKV_CHUNKS_MAX] device-visible addresses of chunks; base[0] unused */
     const struct cuda_seq *seqs;
-    const struct cuda_query *query; /* [queries] */
+    const struct cuda_query *query; /* [queries]; no kernel writes them */
     const void *q;                  /* [queries][q_heads][head_dim] in the model's dtype */
     float *out;                     /* [queries][q_heads][head_dim] */
     float *lse;                     /* [queries][q_heads]; may be NULL */
@@ -148,8 +148,8 @@ static inline int cuda_dense_only(const struct cuda_attend *a)
     return a->tokens_max < a->policy.dense_below || a->tokens_max <= cuda_rows_max(&a->policy);
 }
 
-/* Words of a list in work.words: of counts, of rows that another block attends, of results. */
-#define CUDA_COUNT_WORDS 80u
+/* Words of a list in work.words: of biases and counts, of rows that another block attends, of results. */
+#define CUDA_COUNT_WORDS 112u
 static inline PKV_HD uint64_t cuda_words(const struct cuda_attend *a)
 {
     uint64_t outputs = (uint64_t)pkv_geom_group(&a->geom) * a->geom.head_dim;

@@ -88,12 +88,10 @@ struct span {
     bool dense; /* attended whole: short, or nothing to select */
 };
 
-static __device__ __forceinline__ struct span span_of(const struct cuda_attend &a, uint32_t query)
+static __device__ __forceinline__ struct span span_in(const struct cuda_attend &a, uint64_t tokens, uint32_t back)
 {
-    struct cuda_query where = a.query[query];
     struct span s;
-    uint64_t tokens = a.seqs[where.seq].tokens;
-    s.visible = tokens > where.back ? (uint32_t)(tokens - where.back) : 0u;
+    s.visible = tokens > back ? (uint32_t)(tokens - back) : 0u;
     s.visible = s.visible < a.tokens_max ? s.visible : a.tokens_max;
     s.first = s.visible < a.policy.sinks ? s.visible : a.policy.sinks;
     s.last = s.visible - min(a.policy.recent, s.visible - s.first);
@@ -101,11 +99,18 @@ static __device__ __forceinline__ struct span span_of(const struct cuda_attend &
     return s;
 }
 
+static __device__ __forceinline__ struct span span_of(const struct cuda_attend &a, uint32_t query)
+{
+    struct cuda_query where = a.query[query];
+    return span_in(a, a.seqs[where.seq].tokens, where.back);
+}
+
 /* Blocks [begin, end) of the candidates that a part scans and picks from: contiguous, in the order of the parts. */
 static __device__ __forceinline__ void part_of(const struct span &span, uint32_t part, uint32_t parts, uint32_t *begin,
                                                uint32_t *end)
 {
-    uint32_t all = pkv_tokens_blocks(span.last), per = PKV_DIV_UP(all, parts);
+    uint32_t all = pkv_tokens_blocks(span.last);
+    uint32_t per = parts & (parts - 1) ? PKV_DIV_UP(all, parts) : (all + parts - 1) >> (31 - __clz(parts));
     *begin = min(part * per, all), *end = min(*begin + per, all);
 }
 

@@ -79,12 +79,13 @@ static __device__ __forceinline__ void stream_fill(struct stream &s, uint32_t i,
         s.now = s.next, s.next = addresses(i + BLOCKS + WARP);
 }
 
-/* As much as the ring holds; s.now and s.next are known. */
-template <uint32_t COPIES, typename F> static __device__ __forceinline__ void stream_begin(struct stream &s, const F &addresses)
+/* As much as the ring holds, or its turns [from, to) of that; s.now and s.next are known. */
+template <uint32_t COPIES, typename F>
+static __device__ __forceinline__ void stream_begin(struct stream &s, const F &addresses, uint32_t from = 0, uint32_t to = 8)
 {
     constexpr uint32_t BLOCKS = turn_blocks<COPIES>();
 #pragma unroll 1
-    for (uint32_t turn = 0; turn < s.depth; turn++)
+    for (uint32_t turn = from; turn < min(to, s.depth); turn++)
         stream_fill<COPIES>(s, turn * BLOCKS, s.memory + turn * BLOCKS * s.size, threadIdx.x % WARP, addresses);
 }
 

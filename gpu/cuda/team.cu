@@ -110,10 +110,10 @@ static __device__ __forceinline__ void merge_warps(const struct team &t, const s
 template <uint32_t DIM>
 static __device__ __forceinline__ void merge_blocks(const struct cuda_attend &a, const struct team &t, const struct word *words)
 {
-    uint32_t share = t.group * DIM / t.size, from = threadIdx.x % t.size;
+    uint32_t share = t.group * DIM >> t.shift, from = threadIdx.x & (t.size - 1);
 #pragma unroll 1
     for (uint32_t x = threadIdx.x; x < t.group * DIM; x += THREADS) {
-        uint32_t i = t.part * share + x / t.size;
+        uint32_t i = t.part * share + (x >> t.shift);
         struct word w = take_word(t, words + from * t.group * DIM + i);
         float out = __uint_as_float(w.x), max = __uint_as_float(w.y), sum = __uint_as_float(w.z), most = max;
         for (uint32_t s = t.size / 2; s; s /= 2)
@@ -138,57 +138,99 @@ static __device__ __forceinline__ void merge_blocks(const struct cuda_attend &a,
 template <typename T, uint32_t DIM>
 static __device__ __forceinline__ void queries_take(const struct cuda_attend &a, const struct team &t, struct team_shared *m)
 {
-    constexpr uint32_t PIECES = DIM * sizeof(T) / 16, FIRST = THREADS - HEADS * PIECES;
-    if (threadIdx.x < FIRST)
-        return;
-    uint32_t i = threadIdx.x - FIRST, column = i / PIECES, h = min(t.group > 4 ? column : column % 4, t.group - 1);
-    *(uint4 *)(m->queries + column * tile_shape<T, DIM>::QUERY + i % PIECES * 16) =
-        ((const uint4 *)((const T *)a.q + (t.q_head + h) * DIM))[i % PIECES];
+    constexpr uint32_t PIECES = DIM * sizeof(T) / 16;
+    uint32_t i = threadIdx.x - THREADS / 2, column = i / PIECES, h = min(t.group > 4 ? column : column % 4, t.group - 1);
+    if (i < HEADS * PIECES)
+        *(uint4 *)(m->queries + column * tile_shape<T, DIM>::QUERY + i % PIECES * 16) =
+            ((const uint4 *)((const T *)a.q + (t.q_head + h) * DIM))[i % PIECES];
 }
 
-/* From the query to the rows that this block attends, `count` in r. All table entries are asked for together, then all chunks,
- * then all keys and signatures; weights are made meanwhile. */
+/* Addresses of what the block looks at first: half of the threads have an end each, others a block of the part. */
+static __device__ __forceinline__ void places_find(const struct team_call &call, const struct team &t, struct team_shared *m,
+                                                   const struct span &span, const struct ends &e, bool cached)
+{
+    uint64_t *places = (uint64_t *)((unsigned char *)m + call.at.places);
+    uint32_t begin, end, i = threadIdx.x;
+    if (t.warp < WARPS / 2) {
+        if (i < min(e.count, FIRST_ENDS)) {
+            uint64_t row = end_row(call, t, e, i, cached);
+            m->end_rows[i] = row;
+            if ((i / TILE_ROWS & (t.size - 1)) == t.part &&
+                !(row & FAR)) /* this block scores its key; its value is wanted later */
+                for (uint32_t at = 0; at < call.rows_head / PKV_BLOCK_TOKENS; at += 128)
+                    asm volatile("prefetch.global.L2 [%0];" ::"l"(row + at));
+        }
+        struct fitted f = fitted_of(e);
+        if (i < PKV_ARRAY_LEN(m->fitted) && (f.first / 16 + i) * 16 < f.first + f.count)
+            m->fitted[i] = signatures_of(call, t, t.blocks[f.first / 16 + i].signatures);
+        return;
+    }
+    part_of(span, t.part, t.size, &begin, &end);
+#pragma unroll 1
+    for (i -= THREADS / 2; i < min(end - begin, FIRST_BLOCKS); i += THREADS / 2) {
+        ulonglong2 entry = *(const ulonglong2 *)(t.blocks + begin + i);
+        places[i] = rows_at(call, t, entry.x, cached), m->signatures[i] = signatures_of(call, t, entry.y);
+    }
+}
+
+/* Up to the first barrier, everything for which a thread needs no other: the last warps weigh, the others find addresses. */
+template <typename T, uint32_t DIM>
+static __device__ __forceinline__ void select_prepare(const struct team_call &call, const struct team &t, struct team_shared *m,
+                                                      const struct span &span, const struct list_of &l,
+                                                      struct sign_query<DIM> &sign)
+{
+    struct weigh_shared<HEADS> *w = (struct weigh_shared<HEADS> *)((unsigned char *)m + call.at.front);
+    if (weighs_signs(call.a, t)) {
+        sign_turn<DIM>(call, sign);
+        sign_quantize<DIM>(call, t, w, sign);
+    } else if (call.a.weighed || call.a.scheme.kind != PKV_SCHEME_SIGN) {
+        other_weigh<T, DIM>(call.a, t.head, t.group, t.q_head, w);
+    }
+    places_find(call, t, m, span, ends_of(span), l.cached);
+}
+
+/* The ring holds less than 32 blocks: their addresses are known. */
+static __device__ __forceinline__ void stream_turns(const struct team_call &call, struct stream &s, uint32_t from, uint32_t to)
+{
+    auto none = [](uint32_t) -> uint64_t { return 0; };
+    if (call.words <= 2)
+        stream_begin<4>(s, none, from, to);
+    else
+        stream_begin<2>(s, none, from, to);
+}
+
+/* From the query to the rows that this block attends, `count` in r. */
 template <typename T, uint32_t DIM, uint32_t SETS>
 static __device__ __forceinline__ uint32_t select_rows(const struct team_call &call, struct team &t, struct team_shared *m,
                                                        struct team_rows *r, const struct span &span, const struct list_of &l,
-                                                       struct sign_query<DIM> &sign, uint32_t *count)
+                                                       uint32_t *count)
 {
-    const struct cuda_attend &a = call.a;
     struct weigh_shared<HEADS> *w = (struct weigh_shared<HEADS> *)((unsigned char *)m + call.at.front);
     uint16_t *codes = (uint16_t *)w;
     struct choose_memory *c = (struct choose_memory *)((unsigned char *)m + call.at.rings);
+    uint64_t *places = (uint64_t *)((unsigned char *)m + call.at.places);
     struct ends e = ends_of(span);
     struct fitted f = fitted_of(e);
     struct end_keys<DIM> keys;
-    uint64_t *places = (uint64_t *)((unsigned char *)m + call.at.places);
-    struct stream s = stream_open(span, t.part, t.size, call.words, shared_address(c) + t.warp * call.at.ring, call.at.ring);
-    auto addresses = [&](uint32_t i) { return stream_address(call, t, s, places, l.cached, stream_entry(t, s, i), i); };
-    struct end_entries entries = end_entries_load(t, e, t.warp * TILE_ROWS);
-    uint64_t low = fitted_entry(t, f, t.lane), high = fitted_entry(t, f, t.lane + WARP);
-    ulonglong2 now = stream_entry(t, s, 0), next = stream_entry(t, s, WARP);
-    bool signs = weighs_signs(a, t);
-    if (signs)
-        sign_turn<DIM>(call, sign);
-    end_keys_load<T, DIM>(call, t, e, t.warp * TILE_ROWS, entries, keys);
+    ends_begin<T, DIM>(call, t, m, e, own_tile(t) * TILE_ROWS, keys);
     uint32_t word = min(t.warp / (SETS * 4), call.words - 1);
-    uint4 bits[2] = {fitted_load(call, t, f, t.lane, low, word), fitted_load(call, t, f, t.lane + WARP, high, word)};
-    s.now = stream_address(call, t, s, places, l.cached, now, 0);
-    s.next = stream_address(call, t, s, places, l.cached, next, WARP);
-    if (call.words <= 2)
-        stream_begin<4>(s, addresses);
-    else
-        stream_begin<2>(s, addresses);
-    if (signs)
-        sign_quantize<DIM>(call, t, w, sign);
-    else if (a.weighed || a.scheme.kind != PKV_SCHEME_SIGN)
-        other_weigh<T, DIM>(a, t.head, t.group, t.q_head, w);
-    __syncthreads();
-    words_take<SETS>(call, t, m, w, f, bits);
+    uint4 bits[2];
+#pragma unroll
+    for (uint32_t i = 0; i < 2; i++)
+        bits[i] = fitted_load(f, t.lane + i * WARP, m->fitted[(f.first % 16 + t.lane + i * WARP) / 16], call.words, word);
+    struct stream s = stream_open(span, t.part, t.size, call.words, shared_address(c) + t.warp * call.at.ring, call.at.ring);
+    auto addresses = [&](uint32_t i) { return stream_address(call, t, s, places, l.cached, i); };
+    s.now = stream_block(s, 0) < s.end ? m->signatures[t.warp + t.lane * WARPS] : 0;
+    s.next = s.count > WARP ? addresses(WARP) : 0;
+    uint32_t early = max(s.depth / 4, 1u); /* turns; the words of the biases would wait behind the rest */
+    stream_turns(call, s, 0, early);
     ends_share<T, DIM>(call, t, m, e, keys);
+    words_take<SETS>(call, t, m, w, f, bits);
     __syncthreads();
     if (t.warp == 0)
         biases_join<SETS>(call, t, m, w, e);
     __syncthreads();
+    stream_turns(call, s, early, s.depth);
     scan_part<SETS>(call, t, m, span, s, codes, addresses);
     return choose(call, t, m, c, r, span, l, s, codes, count);
 }
@@ -212,21 +254,25 @@ __global__ void __launch_bounds__(THREADS, 1) team_kernel(const __grid_constant_
         m->outcomes[CUDA_HITS] = m->outcomes[CUDA_MISSES] = m->plan.found = 0;
         ((struct weigh_shared<HEADS> *)front)->write = t.part == 0 && a.flags & CUDA_KEEP;
     }
+    struct cuda_query where = a.query[t.query];
     wait_for_former();
+    struct cuda_seq seq = a.seqs[where.seq];
     team_join(a, t);
     if (weighs_signs(a, t))
         sign_query_load<T, DIM>(a, t, sign);
     queries_take<T, DIM>(a, t, m);
-    struct span span = span_of(a, t.query);
-    struct list_of l = list_at(a, t.query, t.head, span);
-    t.blocks = l.blocks;
+    struct span span = span_in(a, seq.tokens, where.back);
+    struct list_of l = {seq.blocks, where.seq, t.head, span.visible, a.cache.entries && a.cache.sets && where.back == 0};
+    t.blocks = seq.blocks;
+    if (!span.dense)
+        select_prepare<T, DIM>(call, t, m, span, l, sign);
     __syncthreads();
     uint32_t k = 0, begin = 0, count;
     if (span.dense) {
-        uint32_t per = (span.visible + t.size - 1) / t.size;
+        uint32_t per = (span.visible + t.size - 1) >> t.shift;
         begin = min(t.part * per, span.visible), count = min(per, span.visible - begin);
     } else {
-        k = select_rows<T, DIM, SETS>(call, t, m, r, span, l, sign, &count);
+        k = select_rows<T, DIM, SETS>(call, t, m, r, span, l, &count);
         if (l.cached) {
             rows_claim(a, t, l, r, count, m->outcomes);
             __syncthreads();
@@ -308,6 +354,14 @@ static float sign_unit(const struct cuda_attend *a)
     return a->scheme.bases ? 2.0f * a->policy.scale * LOG2E * sqrtf(partial) / (float)a->scheme.bases : 0.0f;
 }
 
+/* Rows beside the ends that a block attends at most: what its warps take in a turn, if that leaves room for unevenness. */
+static uint32_t rows_most(const struct cuda_attend *a)
+{
+    uint32_t ends = PKV_DIV_UP(a->policy.sinks + a->policy.recent, a->team), mean = PKV_DIV_UP(a->policy.k, a->team);
+    uint32_t turn = (a->geom.head_dim > 128 ? WARPS / 2 : WARPS) * TILE_ROWS;
+    return PKV_MIN(PKV_ALIGN_UP(mean + mean / 4 + ends, turn), ROWS) - ends;
+}
+
 extern "C" int cuda_team_launch(const struct cuda_attend *a, void *stream)
 {
     uint32_t group = pkv_geom_group(&a->geom);
@@ -319,6 +373,8 @@ extern "C" int cuda_team_launch(const struct cuda_attend *a, void *stream)
                              .words = pkv_geom_words(&a->geom),
                              .rows_slot = (uint32_t)pkv_geom_block_bytes(&a->geom),
                              .signatures_slot = (uint32_t)pkv_geom_sig_block_bytes(&a->geom),
+                             .rows_head = (uint32_t)(PKV_BLOCK_TOKENS * pkv_geom_row_bytes(&a->geom)),
+                             .most = rows_most(a),
                              .each = cuda_words(a),
                              .unit = sign_unit(a)};
     return launch(kernel, dim3(a->team, a->geom.kv_heads, a->queries), THREADS, call.at.bytes, call, stream, true, true);

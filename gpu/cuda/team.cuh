@@ -19,6 +19,7 @@ struct word {
 
 struct team {
     uint32_t size, part, list, query, head, group; /* part: this block's number in the team */
+    uint32_t shift;                                /* size is 1 << shift */
     uint64_t q_head;                               /* the first of the group */
     const struct pkv_block_ref *blocks;            /* of the query's sequence */
     struct word *words;
@@ -32,14 +33,19 @@ struct team {
 #define WINDOW_WORDS (WINDOW / 2) /* of a block: of codes from the window's first on */
 #define COARSE_WORDS 32u          /* of every 32nd code */
 #define FINE_WORDS   16u          /* of the 32 codes of a bucket */
-static_assert(WINDOW_WORDS + COARSE_WORDS + FINE_WORDS == CUDA_COUNT_WORDS, "cuda_words() counts them");
-static __device__ __forceinline__ struct word *window_words(const struct team &t)
+#define BIAS_WORDS   32u          /* shares of the biases: of four warps, eight heads */
+static_assert(BIAS_WORDS + WINDOW_WORDS + COARSE_WORDS + FINE_WORDS == CUDA_COUNT_WORDS, "cuda_words() counts them");
+static __device__ __forceinline__ struct word *bias_words(const struct team &t)
 {
     return t.words;
 }
+static __device__ __forceinline__ struct word *window_words(const struct team &t)
+{
+    return bias_words(t) + t.size * BIAS_WORDS;
+}
 static __device__ __forceinline__ struct word *coarse_words(const struct team &t)
 {
-    return t.words + t.size * WINDOW_WORDS;
+    return window_words(t) + t.size * WINDOW_WORDS;
 }
 static __device__ __forceinline__ struct word *fine_words(const struct team &t)
 {
@@ -85,7 +91,7 @@ static __device__ __forceinline__ struct team team_of_block(const struct cuda_at
 {
     struct team t;
     t.size = gridDim.x, t.part = blockIdx.x, t.head = blockIdx.y, t.query = blockIdx.z, t.group = group;
-    t.list = t.query * gridDim.y + t.head;
+    t.shift = 31 - __clz(t.size), t.list = t.query * gridDim.y + t.head;
     t.q_head = (uint64_t)t.list * group;
     t.words = (struct word *)a.work.words + t.list * words, t.gate = a.work.gates + t.list * CUDA_GATE;
     t.hint = a.work.hints + a.layer * gridDim.z * gridDim.y + t.list;

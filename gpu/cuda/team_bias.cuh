@@ -1,5 +1,6 @@
-/* A team's biases: what puts a head's estimates beside its exact scores of sinks and recent tokens (the ends). Every block
- * scores all of them, in the same order, so that no block waits for another: a warp sixteen rows at a time. */
+/* A team's biases: what puts a head's estimates beside its exact scores of sinks and recent tokens (the ends). Each block
+ * scores some, a warp sixteen rows at a time; every block adds up all shares, in the same order, and makes the estimates for
+ * itself. (If every block scores all ends, nobody waits for words, but 64 KiB a block take longer than the words.) */
 #ifndef GPU_CUDA_TEAM_BIAS_CUH
 #define GPU_CUDA_TEAM_BIAS_CUH
 
@@ -31,43 +32,21 @@ template <uint32_t DIM> struct end_keys {
     uint4 low[DIM / 32], high[DIM / 32];
 };
 
-/* Table entries of those rows. */
-struct end_entries {
-    uint64_t low, high;
-};
-
-static __device__ __forceinline__ struct end_entries end_entries_load(const struct team &t, const struct ends &e,
-                                                                      uint32_t first)
+static __device__ __forceinline__ uint64_t end_row(const struct team_call &call, const struct team &t, const struct ends &e,
+                                                   uint32_t i, bool cached)
 {
-    if (first >= e.count)
-        return {0, 0};
-    uint32_t low = end_token(e, min(first + t.lane / 4, e.count - 1)),
-             high = end_token(e, min(first + t.lane / 4 + 8, e.count - 1));
-    return {t.blocks[low / PKV_BLOCK_TOKENS].rows, t.blocks[high / PKV_BLOCK_TOKENS].rows};
+    uint32_t token = end_token(e, i);
+    return rows_at(call, t, t.blocks[token / PKV_BLOCK_TOKENS].rows, cached) +
+           token % PKV_BLOCK_TOKENS * (call.rows_head / PKV_BLOCK_TOKENS);
 }
 
 template <typename T, uint32_t DIM>
-static __device__ __forceinline__ void end_keys_load(const struct team_call &call, const struct team &t, const struct ends &e,
-                                                     uint32_t first, const struct end_entries &entries, struct end_keys<DIM> &k)
+static __device__ __forceinline__ void end_keys_load(uint64_t low, uint64_t high, uint32_t lane, struct end_keys<DIM> &k)
 {
-    if (first >= e.count)
-        return;
-    uint64_t at[2] = {address_of(call.a, entries.low, call.rows_slot), address_of(call.a, entries.high, call.rows_slot)};
+    low = (low & ~(FAR | FETCHED)) + lane % 4 * 16, high = (high & ~(FAR | FETCHED)) + lane % 4 * 16;
 #pragma unroll
-    for (uint32_t i = 0; i < 2; i++) {
-        uint32_t token = end_token(e, min(first + t.lane / 4 + 8 * i, e.count - 1));
-        at[i] += (t.head * PKV_BLOCK_TOKENS + token % PKV_BLOCK_TOKENS) * tile_shape<T, DIM>::ROW;
-    }
-#pragma unroll
-    for (uint32_t j = 0; j < DIM / 32; j++) {
-        k.low[j] = load_row_piece(at[0] + j * 64 + t.lane % 4 * 16);
-        k.high[j] = load_row_piece(at[1] + j * 64 + t.lane % 4 * 16);
-    }
-    /* The values are wanted later: one block has them brought to L2. */
-    if (first / TILE_ROWS % t.size == t.part)
-        for (uint32_t i = t.lane % 4; i < DIM / 64; i += 4)
-            asm volatile("prefetch.global.L2 [%0];\n\tprefetch.global.L2 [%1];" ::"l"(at[0] + DIM * 2 + i * 128),
-                         "l"(at[1] + DIM * 2 + i * 128));
+    for (uint32_t j = 0; j < DIM / 32; j++)
+        k.low[j] = load_row_piece(low + j * 64), k.high[j] = load_row_piece(high + j * 64);
 }
 
 /* d: scores of rows lane / 4 and + 8 for columns 2 (lane % 4) and + 1, unscaled. */
@@ -120,21 +99,56 @@ static __device__ __forceinline__ void shares_join(const float (&d)[4], float sc
     }
 }
 
+/* Tiles of sixteen ends: tile i is of block i % size, of its warp number FIRST_SCORER + i / size, which goes on with every
+ * (SCORERS x size)-th. */
+#define SCORERS      4u
+#define FIRST_SCORER 4u
+static __device__ __forceinline__ uint32_t own_tile(const struct team &t)
+{
+    uint32_t scorer = t.warp - FIRST_SCORER;
+    return scorer < SCORERS ? t.part + (scorer << t.shift) : ALL_LANES / TILE_ROWS;
+}
+
+static __device__ __forceinline__ uint64_t end_row_near(const struct team_call &call, const struct team &t,
+                                                        const struct team_shared *m, const struct ends &e, uint32_t i)
+{
+    i = min(i, e.count - 1);
+    return i < FIRST_ENDS ? m->end_rows[i] : end_row(call, t, e, i, false);
+}
+
 template <typename T, uint32_t DIM>
-static __device__ __forceinline__ void ends_share(const struct team_call &call, const struct team &t, struct team_shared *m,
-                                                  const struct ends &e, struct end_keys<DIM> &k)
+static __device__ __forceinline__ void ends_begin(const struct team_call &call, const struct team &t,
+                                                  const struct team_shared *m, const struct ends &e, uint32_t first,
+                                                  struct end_keys<DIM> &k)
+{
+    if (first < e.count)
+        end_keys_load<T, DIM>(end_row_near(call, t, m, e, first + t.lane / 4),
+                              end_row_near(call, t, m, e, first + t.lane / 4 + 8), t.lane, k);
+}
+
+/* The first tile's keys are on their way. Lane 2 (lane % 4) and the next have heads: their words go out. */
+template <typename T, uint32_t DIM>
+static __device__ __forceinline__ void ends_share(const struct team_call &call, const struct team &t,
+                                                  const struct team_shared *m, const struct ends &e, struct end_keys<DIM> &k)
 {
     struct team_shared::share mine[2] = {{NOTHING, 0, 0}, {NOTHING, 0, 0}};
+    uint32_t first = own_tile(t) * TILE_ROWS;
+    struct word *words = bias_words(t) + own_tile(t) * HEADS;
+    if (first >= e.count)
+        return;
 #pragma unroll 1
-    for (uint32_t first = t.warp * TILE_ROWS; first < e.count;) {
+    while (first < e.count) {
         float d[4];
         ends_score<T, DIM>(k, (uint32_t)__cvta_generic_to_shared(m->queries), t.lane, d);
         shares_join(d, call.a.policy.scale * LOG2E, e, first, t.lane, mine);
-        first += WARPS * TILE_ROWS;
-        end_keys_load<T, DIM>(call, t, e, first, end_entries_load(t, e, first), k);
+        first += SCORERS * TILE_ROWS << t.shift;
+        ends_begin<T, DIM>(call, t, m, e, first, k);
     }
-    if (t.lane < 4)
-        m->shares[t.warp][t.lane * 2] = mine[0], m->shares[t.warp][t.lane * 2 + 1] = mine[1];
+#pragma unroll
+    for (uint32_t c = 0; c < 2; c++)
+        if (t.lane < 4 && t.lane * 2 + c < t.group)
+            put_word(t, words + t.lane * 2 + c, __float_as_uint(mine[c].max), __float_as_uint(mine[c].sum),
+                     __float_as_uint(mine[c].shift));
 }
 
 /* ---- estimates ---- */
@@ -150,18 +164,18 @@ static __device__ __forceinline__ struct fitted fitted_of(const struct ends &e)
     return {begin, end, begin / 4, end > begin ? (end - 1) / 4 - begin / 4 + 1 : 0};
 }
 
-static __device__ __forceinline__ uint64_t fitted_entry(const struct team &t, const struct fitted &f, uint32_t i)
+/* A word of four tokens; block: address of their block's signatures. */
+static __device__ __forceinline__ uint4 fitted_load(const struct fitted &f, uint32_t i, uint64_t block, uint32_t words,
+                                                    uint32_t word)
 {
-    return i < f.count ? t.blocks[(f.first + i) / 16].signatures : 0;
+    return i < f.count ? *(const uint4 *)(block + ((f.first + i) % 16 * words + word) * 16) : make_uint4(0, 0, 0, 0);
 }
 
-static __device__ __forceinline__ uint4 fitted_load(const struct team_call &call, const struct team &t, const struct fitted &f,
-                                                    uint32_t i, uint64_t entry, uint32_t word)
+static __device__ __noinline__ uint4 fitted_far(const struct team_call &call, const struct team t, const struct fitted f,
+                                                uint32_t i, uint32_t word)
 {
-    if (!entry)
-        return make_uint4(0, 0, 0, 0);
-    uint32_t at = ((t.head * 16 + (f.first + i) % 16) * call.words + word) * 16;
-    return *(const uint4 *)(address_of(call.a, entry, call.signatures_slot) + at);
+    uint64_t block = i < f.count ? signatures_of(call, t, t.blocks[(f.first + i) / 16].signatures) : 0;
+    return fitted_load(f, i, block, call.words, word);
 }
 
 /* Tokens that are not fitted count for nothing. */
@@ -196,7 +210,7 @@ static __device__ __forceinline__ void words_take(const struct team_call &call, 
 #pragma unroll 1
         for (uint32_t i = t.lane; i < PKV_ALIGN_UP(f.count, WARP); i += WARP) {
             bool first = task == t.warp && i < 2 * WARP;
-            uint4 v = first ? i < WARP ? ahead[0] : ahead[1] : fitted_load(call, t, f, i, fitted_entry(t, f, i), word);
+            uint4 v = first ? i < WARP ? ahead[0] : ahead[1] : fitted_far(call, t, f, i, word);
             int d[4] = {0, 0, 0, 0};
             fitted_only(f, i, v);
             common_bits(d, v.x, v.y, own, d);
@@ -215,33 +229,42 @@ static __device__ __forceinline__ void words_take(const struct team_call &call, 
     }
 }
 
-/* ---- all warps' shares into biases; one warp calls it ---- */
+/* ---- all shares into biases; one warp calls it ---- */
 
 template <uint32_t SETS>
 static __device__ __forceinline__ void biases_join(const struct team_call &call, const struct team &t, struct team_shared *m,
                                                    const struct weigh_shared<HEADS> *w, const struct ends &e)
 {
+    uint32_t shares = min((e.count + TILE_ROWS - 1) / TILE_ROWS, SCORERS << t.shift);
 #pragma unroll
     for (uint32_t set = 0; set < SETS; set++) {
         uint32_t h = set * 4 + t.lane % 4;
-        const struct team_shared::share x = m->shares[t.lane / 4][h], y = m->shares[t.lane / 4 + 8][h];
-        float most = fmaxf(x.max, y.max), shift = x.shift + y.shift;
+        struct team_shared::share r = {NOTHING, 0, 0};
+#pragma unroll 1
+        for (uint32_t i = t.lane / 4; i < shares && h < t.group; i += 8) {
+            struct word x = take_word(t, bias_words(t) + i * HEADS + h);
+            float most = fmaxf(r.max, __uint_as_float(x.x));
+            r.sum = r.sum * exp2_fast(r.max - most) + __uint_as_float(x.y) * exp2_fast(__uint_as_float(x.x) - most);
+            r.max = most, r.shift += __uint_as_float(x.z);
+        }
+        __syncwarp();
+        float most = r.max;
 #pragma unroll
         for (uint32_t s = 4; s < WARP; s *= 2) {
             most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, s));
-            shift += __shfl_xor_sync(ALL_LANES, shift, s);
+            r.shift += __shfl_xor_sync(ALL_LANES, r.shift, s);
         }
-        float sum = x.sum * exp2_fast(x.max - most) + y.sum * exp2_fast(y.max - most);
+        r.sum *= exp2_fast(r.max - most);
 #pragma unroll
         for (uint32_t s = 4; s < WARP; s *= 2)
-            sum += __shfl_xor_sync(ALL_LANES, sum, s);
+            r.sum += __shfl_xor_sync(ALL_LANES, r.sum, s);
         if (t.lane >= 4 || h >= t.group)
             continue;
         int estimate = 0;
         for (uint32_t i = 0; i < call.words; i++)
             estimate += m->estimates[h][i];
         float scale = w->scale[h], fitted = (float)(e.count - e.fitted_from);
-        float bias = __fdividef(shift - (float)estimate * scale, fitted) - (most + __log2f(sum));
+        float bias = __fdividef(r.shift - (float)estimate * scale, fitted) - (most + __log2f(r.sum));
         bias = isfinite(bias) ? bias : 0.0f; /* there are no ends, or numbers that are none */
         m->bias[h] = bias, m->scale[h] = scale;
         if (t.part == 0)

@@ -14,14 +14,6 @@ static __device__ __forceinline__ uint16_t *choose_groups(struct choose_memory *
     return (uint16_t *)(c + 1);
 }
 
-/* Rows beside the ends that a block attends at most: what its warps take in a turn, if that leaves room for unevenness. */
-static __device__ __forceinline__ uint32_t rows_most(const struct cuda_attend &a, uint32_t size)
-{
-    uint32_t ends = PKV_DIV_UP(a.policy.sinks + a.policy.recent, size), mean = PKV_DIV_UP(a.policy.k, size);
-    uint32_t turn = (a.geom.head_dim > 128 ? WARPS / 2 : WARPS) * TILE_ROWS;
-    return min(PKV_ALIGN_UP(mean + mean / 4 + ends, turn), ROWS) - ends;
-}
-
 /* ---- the threshold ---- */
 
 /* The block's suffix sums are in m->counts. */
@@ -112,6 +104,8 @@ static __device__ __noinline__ void threshold_search(const struct team t, struct
 
 /* ---- rows ---- */
 
+#define GUESS_LOW 4u /* codes below the step before's threshold that count as reaching it */
+
 static __device__ __noinline__ uint64_t row_cached(const struct cuda_attend &a, const struct list_of l, uint32_t token,
                                                    uint64_t address, uint32_t *outcomes)
 {
@@ -128,18 +122,17 @@ static __device__ __forceinline__ void row_kept(const struct cuda_attend &a, con
 }
 
 /* This block's part of the ends. */
-static __device__ __forceinline__ uint32_t ends_take(const struct team_call &call, const struct team &t,
+static __device__ __forceinline__ uint32_t ends_take(const struct team_call &call, const struct team &t, struct team_shared *m,
                                                      const struct list_of &l, const struct ends &e, struct team_rows *r,
-                                                     uint32_t k, uint32_t *outcomes)
+                                                     uint32_t k)
 {
-    uint32_t each = (e.count + t.size - 1) / t.size, begin = min(t.part * each, e.count), count = min(each, e.count - begin);
+    uint32_t each = (e.count + t.size - 1) >> t.shift, begin = min(t.part * each, e.count), count = min(each, e.count - begin);
     for (uint32_t i = threadIdx.x; i < count; i += THREADS) {
         uint32_t token = end_token(e, begin + i);
-        uint64_t place = t.blocks[token / PKV_BLOCK_TOKENS].rows;
-        uint64_t address =
-            address_of(call.a, place, call.rows_slot) + pkv_geom_row_offset(&call.a.geom, t.head, token % PKV_BLOCK_TOKENS);
-        if (l.cached && pkv_place_tier(place) == PKV_TIER_ARENA)
-            address = row_cached(call.a, l, token, address | FETCHED, outcomes);
+        uint64_t address = begin + i < FIRST_ENDS ? m->end_rows[begin + i] : end_row(call, t, e, begin + i, l.cached);
+        address &= ~FAR;
+        if (address & FETCHED)
+            address = row_cached(call.a, l, token, address, m->outcomes);
         r->address[i] = address, r->token[i] = token;
         if (call.a.flags & CUDA_KEEP)
             row_kept(call.a, t, begin + i < e.first ? begin + i : begin + i + k, token, address, 0);
@@ -147,30 +140,38 @@ static __device__ __forceinline__ uint32_t ends_take(const struct team_call &cal
     return count;
 }
 
-/* Groups of eight tokens of this warp's share of the part that reach the threshold, in order; returns how many. */
-static __device__ __forceinline__ uint32_t groups_find(const struct team &t, const uint16_t *codes, uint32_t first,
-                                                       uint32_t last, uint32_t code, uint16_t *groups)
+/* Groups of eight tokens of this warp's share of the part, [first, last), that reach a code, in order; returns how many. */
+template <uint32_t AT_ONCE>
+static __device__ __forceinline__ uint32_t groups_find(const uint16_t *codes, uint32_t first, uint32_t last, uint32_t lane,
+                                                       uint32_t code, uint16_t *groups)
 {
     uint32_t found = 0;
 #pragma unroll 1
-    for (uint32_t at = first; at < last; at += 1024) {
-        uint4 v[4];
+    for (uint32_t at = first; at < last; at += AT_ONCE * 256) {
+        uint4 v[AT_ONCE];
 #pragma unroll
-        for (uint32_t i = 0; i < 4; i++) {
-            uint32_t mine = at + i * 256 + t.lane * 8;
+        for (uint32_t i = 0; i < AT_ONCE; i++) {
+            uint32_t mine = at + i * 256 + lane * 8;
             v[i] = mine < last ? *(const uint4 *)(codes + mine) : make_uint4(0, 0, 0, 0);
         }
 #pragma unroll
-        for (uint32_t i = 0; i < 4; i++) {
+        for (uint32_t i = 0; i < AT_ONCE; i++) {
             bool hit = most_of(v[i]) >= code;
             uint32_t hits = __ballot_sync(ALL_LANES, hit);
             if (hit)
-                groups[found + __popc(hits & ((1u << t.lane) - 1))] = (uint16_t)((at + i * 256) / 8 + t.lane);
+                groups[found + __popc(hits & ((1u << lane) - 1))] = (uint16_t)((at + i * 256) / 8 + lane);
             found += __popc(hits);
         }
     }
     __syncwarp();
     return found;
+}
+
+static __device__ __forceinline__ uint32_t groups_take(const uint16_t *codes, uint32_t first, uint32_t last, uint32_t lane,
+                                                       uint32_t code, uint16_t *groups)
+{
+    return last - first > 512 ? groups_find<4>(codes, first, last, lane, code, groups)
+                              : groups_find<1>(codes, first, last, lane, code, groups);
 }
 
 /* A token of those groups that this lane has, four groups at a time: its code, 0 where there is none. */
@@ -191,25 +192,24 @@ static __device__ __forceinline__ void rows_write(const struct team_call &call, 
 {
     const struct team_shared::plan p = m->plan;
     const uint64_t *places = (const uint64_t *)((unsigned char *)m + call.at.places);
-    uint32_t greater = 0, equal = 0, token, before = (1u << t.lane) - 1, bytes = 4 * call.a.geom.head_dim;
-#pragma unroll 4
-    for (uint32_t i = 0; i < found; i += 4) {
-        uint32_t code = group_token(codes, groups, i, found, t.lane, &token);
-        greater += __popc(__ballot_sync(ALL_LANES, code > p.code)), equal += __popc(__ballot_sync(ALL_LANES, code == p.code));
-    }
+    uint32_t both = 0, token, before = (1u << t.lane) - 1, bytes = 4 * call.a.geom.head_dim;
+#pragma unroll 1
+    for (uint32_t i = t.lane; i < found; i += WARP)
+        both += tally(*(const uint4 *)(codes + groups[i] * 8u), p.code);
+    uint32_t greater = __reduce_add_sync(ALL_LANES, both & 0xffffu), equal = __reduce_add_sync(ALL_LANES, both >> 16);
     if (t.lane == 0)
         c->all.greater[t.warp] = greater, c->all.equal[t.warp] = equal;
     __syncthreads();
     uint32_t g = p.before_greater + __reduce_add_sync(ALL_LANES, t.lane < t.warp ? c->all.greater[t.lane % WARPS] : 0);
     uint32_t e = p.before_equal + __reduce_add_sync(ALL_LANES, t.lane < t.warp ? c->all.equal[t.lane % WARPS] : 0);
-    uint32_t first = p.before_greater + min(p.before_equal, p.ties);
+    uint32_t first = p.before_greater + min(p.before_equal, p.ties), last = g + greater;
 #pragma unroll 1
-    for (uint32_t i = 0; i < found; i += 4) {
+    for (uint32_t i = 0; i < found && (g < last || e < p.ties); i += 4) {
         uint32_t code = group_token(codes, groups, i, found, t.lane, &token);
         uint32_t above = __ballot_sync(ALL_LANES, code > p.code), at = __ballot_sync(ALL_LANES, code == p.code);
         uint32_t own = e + __popc(at & before), to = g + __popc(above & before) + min(own, p.ties), n = to - first;
         if (code > p.code || (code == p.code && own < p.ties)) {
-            uint64_t address = places[token / PKV_BLOCK_TOKENS] + token % PKV_BLOCK_TOKENS * bytes;
+            uint64_t address = (places[token / PKV_BLOCK_TOKENS] & ~FAR) + token % PKV_BLOCK_TOKENS * bytes;
             token += begin * PKV_BLOCK_TOKENS;
             if (address & FETCHED)
                 address = row_cached(call.a, l, token, address, m->outcomes);
@@ -251,19 +251,23 @@ static __device__ __forceinline__ uint32_t choose(const struct team_call &call, 
         k = budget_take(a, t, &c->all, sums);
         t.arrivals += t.size; /* its gate */
     }
-    uint32_t ends = ends_take(call, t, l, ends_of(span), r, k, m->outcomes);
+    uint32_t ends = ends_take(call, t, m, l, ends_of(span), r, k);
     if (a.flags & CUDA_KEEP)
         for (uint32_t i = threadIdx.x; i < tokens; i += THREADS)
             a.work.codes[t.list * codes_stride(a) + s.begin * PKV_BLOCK_TOKENS + i] = codes[i];
     *count = ends;
     if (k) {
         uint32_t per = PKV_ALIGN_UP(PKV_DIV_UP(tokens, WARPS), 32u), first = min(t.warp * per, tokens);
-        uint32_t last = min(first + per, tokens), most = rows_most(a, t.size);
+        uint32_t last = min(first + per, tokens), most = call.most;
         uint16_t *groups = choose_groups(c) + first / 8;
+        /* What reached the threshold of the step before will mostly reach this one's: found while others' counts come. */
+        uint32_t guess = t.window ? t.window + WINDOW / 2 - GUESS_LOW : 2048;
+        uint32_t found = groups_take(codes, first, last, t.lane, guess, groups);
         threshold_find(t, m, window_words(t), WINDOW_WORDS, t.window, 1, k, most);
         if (!m->plan.found)
             threshold_search(t, m, k, most);
-        uint32_t found = groups_find(t, codes, first, last, m->plan.code, groups);
+        if (m->plan.code < guess)
+            found = groups_take(codes, first, last, t.lane, m->plan.code, groups);
         rows_write(call, t, l, m, c, r, codes, groups, found, s.begin, ends, span.first);
         if (t.part == 0 && threadIdx.x == 0)
             *t.hint = m->plan.code;

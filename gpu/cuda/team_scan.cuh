@@ -3,6 +3,7 @@
 #define GPU_CUDA_TEAM_SCAN_CUH
 
 #include "gpu/cuda/choose.cuh"
+#include "gpu/cuda/rows.cuh"
 #include "gpu/cuda/scan.cuh"
 #include "gpu/cuda/team.cuh"
 #include "gpu/cuda/tile.cuh"
@@ -13,7 +14,9 @@
 #define HEADS          TILE_COLUMNS /* of a group at most */
 #define ROWS           1024u        /* of a list that a block attends */
 #define SHARED_MAX     (227u * 1024u)
-#define TEAM_SIG_WORDS 4u /* of a signature at most */
+#define TEAM_SIG_WORDS 4u   /* of a signature at most */
+#define FIRST_BLOCKS   512u /* of a part, and ends, whose addresses are found by a thread each */
+#define FIRST_ENDS     (WARPS * TILE_ROWS)
 
 /* What lives through the whole kernel; behind it the addresses of its part's blocks, then `front`: weights, then codes, then
  * the warps' tiles; then the rings, where choosing happens later, and team_rows. */
@@ -24,11 +27,13 @@ struct team_shared {
     float scale[HEADS], bias[HEADS];
     struct share {
         float max, sum, shift;
-    } shares[WARPS][HEADS]; /* of the ends, of each warp */
+    };
     int estimates[HEADS][TEAM_SIG_WORDS];
     float ends[2][HEADS][WARPS]; /* maxima and sums of the warps' results */
     uint32_t outcomes[CUDA_COUNTERS];
-    struct plan { /* found: the rest is there */
+    uint64_t signatures[FIRST_BLOCKS], end_rows[FIRST_ENDS]; /* addresses, of this head */
+    uint64_t fitted[8]; /* of signatures of blocks that have fitted tokens (team_bias.cuh) */
+    struct plan {       /* found: the rest is there */
         uint32_t found, code, ties, before_greater, before_equal, keep, take, spill_first, take_first;
     } plan;
     __align__(16) unsigned char queries[HEADS * (PKV_HEAD_DIM_MAX * 2 + 16)];
@@ -49,9 +54,11 @@ struct layout {
 struct team_call {
     struct cuda_attend a;
     struct layout at;
-    uint32_t group, words, rows_slot, signatures_slot; /* words: of a signature; bytes of a block's rows and signatures */
-    uint64_t each;                                     /* words of a list, of 16 bytes */
-    float unit;                                        /* of the weights of `sign` */
+    uint32_t group, words;                          /* words: of a signature */
+    uint32_t rows_slot, signatures_slot, rows_head; /* bytes of a block's rows, signatures, rows of a head */
+    uint32_t most;                                  /* rows beside the ends that a block attends at most */
+    uint64_t each;                                  /* words of a list, of 16 bytes */
+    float unit;                                     /* of the weights of `sign` */
 };
 
 /* While a block chooses, in the rings' memory: behind it each warp's groups of eight tokens that have a chosen one [blocks x
@@ -86,25 +93,31 @@ static __device__ __forceinline__ uint64_t address_of(const struct cuda_attend &
 
 /* ---- the part's blocks ---- */
 
-/* Table entry of the block that this lane has of 32 from the i-th of the warp on; nothing behind the end. */
-static __device__ __forceinline__ ulonglong2 stream_entry(const struct team &t, const struct stream &s, uint32_t i)
+/* Where the rows of a block begin (FAR: in the CPU's memory; FETCHED: to be looked up in the row cache), and where its
+ * signatures lie, of this head; from its places in the table. */
+#define FAR 2ull
+static __device__ __forceinline__ uint64_t rows_at(const struct team_call &call, const struct team &t, uint64_t rows,
+                                                   bool cached)
 {
-    uint32_t b = stream_block(s, i);
-    return b < s.end ? *(const ulonglong2 *)(t.blocks + b) : make_ulonglong2(0, 0);
+    return (address_of(call.a, rows, call.rows_slot) + t.head * call.rows_head) |
+           (pkv_place_tier(rows) == PKV_TIER_ARENA ? cached ? FAR | FETCHED : FAR : 0);
+}
+static __device__ __forceinline__ uint64_t signatures_of(const struct team_call &call, const struct team &t,
+                                                         uint64_t signatures)
+{
+    return address_of(call.a, signatures, call.signatures_slot) + t.head * (PKV_BLOCK_TOKENS * 4 * call.words);
 }
 
-/* Where the rows of this block begin, of this head (FETCHED: to be looked up in the row cache), is noted in places; where its
- * signatures lie comes back. */
+/* Signatures of the block that this lane has of 32 from the i-th of the warp on, or 0; the place of its rows is noted. */
 static __device__ __forceinline__ uint64_t stream_address(const struct team_call &call, const struct team &t,
-                                                          const struct stream &s, uint64_t *places, bool cached,
-                                                          const ulonglong2 &entry, uint32_t i)
+                                                          const struct stream &s, uint64_t *places, bool cached, uint32_t i)
 {
-    if (!entry.y)
+    uint32_t b = stream_block(s, i);
+    if (b >= s.end)
         return 0;
-    uint64_t rows = address_of(call.a, entry.x, call.rows_slot) + pkv_geom_row_offset(&call.a.geom, t.head, 0);
-    uint64_t signatures = address_of(call.a, entry.y, call.signatures_slot) + t.head * s.size;
-    places[stream_block(s, i) - s.begin] = rows | (cached && pkv_place_tier(entry.x) == PKV_TIER_ARENA ? 1 : 0);
-    return signatures;
+    ulonglong2 entry = *(const ulonglong2 *)(t.blocks + b);
+    places[b - s.begin] = rows_at(call, t, entry.x, cached);
+    return signatures_of(call, t, entry.y);
 }
 
 /* ---- scan ---- */

@@ -13,9 +13,14 @@ template <uint32_t DIM> struct sign_query {
     float spread[TEAM_SIG_WORDS], x[PER];
 };
 
+/* The last warps weigh, a head each. */
+static __device__ __forceinline__ uint32_t weighed_head(const struct team &t)
+{
+    return t.warp + t.group - WARPS;
+}
 static __device__ __forceinline__ bool weighs_signs(const struct cuda_attend &a, const struct team &t)
 {
-    return !a.weighed && a.scheme.kind == PKV_SCHEME_SIGN && t.warp < t.group;
+    return !a.weighed && a.scheme.kind == PKV_SCHEME_SIGN && weighed_head(t) < t.group;
 }
 
 /* What does not change as long as the scheme is used. */
@@ -36,7 +41,7 @@ template <typename T, uint32_t DIM>
 static __device__ __forceinline__ void sign_query_load(const struct cuda_attend &a, const struct team &t,
                                                        struct sign_query<DIM> &s)
 {
-    const T *q = (const T *)a.q + (t.q_head + t.warp) * DIM;
+    const T *q = (const T *)a.q + (t.q_head + weighed_head(t)) * DIM;
 #pragma unroll
     for (uint32_t j = 0; j < s.PER; j++)
         s.x[j] = to_float(q[j * WARP + t.lane]);
@@ -74,9 +79,10 @@ static __device__ __forceinline__ void sign_quantize(const struct team_call &cal
 #pragma unroll
     for (uint32_t i = 0; i < TEAM_SIG_WORDS; i++)
         if (i < call.words)
-            w->weights[t.warp][i * WARP + t.lane] = (int8_t)(step > 0 ? __float2int_rn(__fmul_rn(s.spread[i], step)) : 0);
+            w->weights[weighed_head(t)][i * WARP + t.lane] =
+                (int8_t)(step > 0 ? __float2int_rn(__fmul_rn(s.spread[i], step)) : 0);
     if (t.lane == 0)
-        w->scale[t.warp] = step > 0 ? __fdiv_rn(call.unit, step) : 0.0f;
+        w->scale[weighed_head(t)] = step > 0 ? __fdiv_rn(call.unit, step) : 0.0f;
 }
 
 /* Of the other schemes, or given by the caller; all threads call it. */
