@@ -53,6 +53,12 @@ struct pkv_batch {
     struct batch_audit audit;
 };
 
+/* batch_flight.c: whether the step in a slot has ended; the slot of the oldest in flight, or 0; looks after all steps that have
+ * ended, in their order; the same after waiting for all, each with the connection's bound. */
+bool batch_slot_ended(const struct pkv_batch *batch, uint32_t slot);
+uint32_t batch_oldest(const struct pkv_batch *batch);
+int batch_reap(struct pkv_batch *batch);
+int batch_drain(struct pkv_batch *batch);
 /* batch_tables.c: what is new in the tables of all sequences, for lengths as in batch->lengths; inside the step's epoch. */
 int batch_tables(struct pkv_batch *batch, void *stream);
 /* batch_audit.c: a wish for the step that begins, or NULL; the step has ended (not cancelled, nor taken back: `good`); whether
