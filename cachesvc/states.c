@@ -77,8 +77,9 @@ enum pkv_err states_put(struct daemon *d, uint32_t model, uint32_t number, int *
     struct states *s = &d->states[model];
     static const uint8_t no_file[PKV_DIGEST_BYTES];
     uint64_t bytes = 0;
-    if (memcmp(core_model(d->core, model)->weights_digest, no_file, sizeof(no_file)))
-        return PKV_ERR_INVALID; /* it is signed as its file says */
+    if (memcmp(core_model(d->core, model)->weights_digest, no_file, sizeof(no_file)) ||
+        core_model(d->core, model)->scheme == PKV_SCHEME_NONE)
+        return PKV_ERR_INVALID; /* it is signed as its file says, or not at all */
     enum pkv_err e = judge(&core_model(d->core, model)->geom, *fd, &bytes);
     if (e != PKV_ERR_OK)
         return e;

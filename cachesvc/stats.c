@@ -15,7 +15,7 @@
 #endif
 
 static const char *const dtypes[] = {"f32", "f16", "bf16"};
-static const char *const schemes[] = {"sign", "code", "linear", "hash"};
+static const char *const schemes[] = {"sign", "code", "linear", "hash", "none"};
 
 static uint64_t heap_bytes(void)
 {

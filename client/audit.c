@@ -130,7 +130,8 @@ static bool take(struct audit *a, const struct audit_call *c)
     memcpy(p.out, c->out + first, vectors * sizeof(float));
     memcpy(p.lse, c->lse + (uint64_t)a->query * g->q_heads, g->q_heads * sizeof(float));
     a->scale = c->policy->scale, a->block = 0, a->state = a->seq->state;
-    return a->seq->writer || places_sum(a, &a->places) == 0;
+    /* Without signatures nothing tells whether another worker's prefix still stands. */
+    return a->seq->writer || (g->sig_bits && places_sum(a, &a->places) == 0);
 }
 
 /* Blocks [a->block, a->block + count) in an epoch; `last`: they are the sample's last ones. */

@@ -38,7 +38,7 @@ static int layer_update(struct pkv_batch *b, uint32_t index, uint32_t layer, uin
         r = -PKV_ERR_STALE;
     for (uint64_t e = before; e < b->entries_count && !r; e++) {
         r = region_map(b->kv, b->entries[e].ref.rows);
-        r = r ? r : region_map(b->kv, b->entries[e].ref.signatures);
+        r = r || !b->model->geom.sig_bits ? r : region_map(b->kv, b->entries[e].ref.signatures);
     }
     return r;
 }

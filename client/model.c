@@ -3,7 +3,7 @@
 
 static int geom_of(const struct pkv_model_desc *d, struct pkv_geom *ret)
 {
-    uint32_t bits = d->sig_bits ? d->sig_bits : PKV_ALIGN_UP(d->head_dim, 32);
+    uint32_t bits = d->sig_bits || d->signature == PKV_NONE ? d->sig_bits : PKV_ALIGN_UP(d->head_dim, 32);
     if (d->layers > UINT16_MAX || d->q_heads > UINT16_MAX || d->kv_heads > UINT16_MAX || d->head_dim > UINT16_MAX)
         return -PKV_ERR_GEOMETRY;
     if (d->type >= PKV_DTYPES)
@@ -54,7 +54,7 @@ int pkv_model_open(struct pkv *kv, const struct pkv_model_desc *desc, struct pkv
     r = r ? r : socket_call(kv, &request, sizeof(request), -1, &reply, NULL);
     if (!r) {
         uint32_t latest;
-        m->kv = kv, m->id = reply.id, m->kind = desc->signature, m->learns = !desc->weights;
+        m->kv = kv, m->id = reply.id, m->kind = desc->signature, m->learns = !desc->weights && desc->signature != PKV_NONE;
         m->rope_base = request.rope_base, m->rope_dims = request.rope_dims, m->rope_interleaved = request.rope_interleaved;
         r = model_latest(m, &latest);
     }

@@ -24,7 +24,8 @@ struct pkv_model; /* geometry and signature scheme, opened on a connection */
 struct pkv_seq;   /* one context's cache */
 
 enum pkv_type { PKV_TYPE_F32 = 0, PKV_TYPE_F16 = 1, PKV_TYPE_BF16 = 2 };
-enum pkv_signature { PKV_SIGN = 0, PKV_CODE = 1, PKV_LINEAR = 2, PKV_HASH = 3 };
+/* PKV_NONE: no signatures are made, and the k tokens before the recent ones are selected. */
+enum pkv_signature { PKV_SIGN = 0, PKV_CODE = 1, PKV_LINEAR = 2, PKV_HASH = 3, PKV_NONE = 4 };
 enum pkv_group_rule { PKV_SOFTMAX_SUM = 0, PKV_SUM = 1, PKV_MAX_SCORE = 2 };
 
 /* ---- connection ---- */
@@ -67,9 +68,9 @@ struct pkv_model_desc {
     uint32_t layers, q_heads, kv_heads, head_dim;
     uint32_t type;       /* enum pkv_type, of K, V and q */
     uint32_t signature;  /* enum pkv_signature */
-    uint32_t sig_bits;   /* 32..256, a multiple of 32; 0: one per head dimension, rounded up to 32 */
+    uint32_t sig_bits;   /* 32..256, a multiple of 32; 0: one per head dimension, rounded up to 32; with PKV_NONE, 0 */
     const char *name;    /* at most 63 bytes; the identity of the weights that make K and V */
-    const char *weights; /* safetensors file of the scheme; NULL: PKV_SIGN needs none, PKV_CODE calibrates itself */
+    const char *weights; /* safetensors file of the scheme; NULL: PKV_SIGN, PKV_NONE need none, PKV_CODE calibrates itself */
     float rope_base;     /* 0: no rope; a PKV_CODE that calibrates itself undoes it, token numbers being positions */
     uint32_t rope_dims;  /* 0: head_dim */
     uint32_t rope_interleaved;
@@ -131,7 +132,7 @@ struct pkv_budget {
     uint32_t k;           /* selected rows per query token and kv head, beside sinks and recent */
     uint32_t sinks;       /* first tokens, always attended; usual 128 */
     uint32_t recent;      /* last tokens, always attended; usual 128 */
-    float top_p;          /* 0: fixed k; else smallest k whose estimated mass reaches top_p, at most k */
+    float top_p;          /* 0: fixed k; else smallest k whose estimated mass reaches top_p, at most k; PKV_NONE: ignored */
     float scale;          /* of the softmax; 0: 1 / sqrt(head_dim) */
     uint32_t rule;        /* enum pkv_group_rule */
     uint32_t dense;       /* 1: exact attention over all tokens; k, sinks, recent are ignored */

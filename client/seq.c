@@ -23,6 +23,7 @@ uint64_t seq_layer_tokens(const struct pkv_seq *seq, uint32_t layer)
 int seq_refs(const struct pkv_seq *seq, uint32_t layer, uint32_t first, uint32_t last, struct pkv_block_ref *to)
 {
     struct pkv *kv = seq->model->kv;
+    bool signs = seq->model->geom.sig_bits;
     struct pkv_table *table = (struct pkv_table *)(uintptr_t)seq->table;
     if (pkv_load64(&table->seq) != seq->handle || last > table->blocks_max)
         return -PKV_ERR_STALE;
@@ -35,10 +36,10 @@ int seq_refs(const struct pkv_seq *seq, uint32_t layer, uint32_t first, uint32_t
     if (pkv_load64(&table->seq) != seq->handle)
         return -PKV_ERR_STALE;
     for (uint32_t b = first; b < last; b++) {
-        int r = pkv_place_tier(to[b].rows) && pkv_place_tier(to[b].signatures) ? 0 : -PKV_ERR_STALE;
+        int r = pkv_place_tier(to[b].rows) && (!signs || pkv_place_tier(to[b].signatures)) ? 0 : -PKV_ERR_STALE;
         if (!r && !kv->served)
             r = region_map(kv, to[b].rows);
-        if (!r && !kv->served)
+        if (!r && !kv->served && signs)
             r = region_map(kv, to[b].signatures);
         if (r)
             return r;

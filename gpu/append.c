@@ -59,7 +59,7 @@ static int check_append(const struct pkv_geom *g, const struct gpu_space *space,
     if (!pkv_check_range(first_token, tokens, PKV_SEQ_TOKENS_MAX))
         return -PKV_ERR_LENGTH;
     uint32_t first = (uint32_t)(first_token / PKV_BLOCK_TOKENS), last = pkv_tokens_blocks(first_token + tokens);
-    return gpu_places_mapped(space, blocks, first, last - first, signatures) ? 0 : -PKV_ERR_RANGE;
+    return gpu_places_mapped(space, blocks, first, last - first, signatures && g->sig_bits) ? 0 : -PKV_ERR_RANGE;
 }
 
 static uint32_t blocks_of(uint64_t first_token, uint32_t tokens)
@@ -143,6 +143,8 @@ int gpu_sign(struct gpu *gpu, const struct gpu_sign_args *a)
         return r;
     if (a->layer >= a->geom->layers)
         return -PKV_ERR_INVALID;
+    if (!a->geom->sig_bits)
+        return 0;
     return gpu->backend ? gpu->backend->sign(gpu->device, a) : sign_all(gpu, a, NULL);
 }
 
@@ -151,14 +153,16 @@ int gpu_sign_list(struct gpu *gpu, const struct gpu_sign_args *a, void *ret)
     int r = check_append(a->geom, &a->space, a->blocks, a->first_token, a->tokens, false);
     if (!r && a->layer >= a->geom->layers)
         r = -PKV_ERR_INVALID;
-    return r ? r : gpu->backend ? -PKV_ERR_UNSUPPORTED : sign_all(gpu, a, ret);
+    if (r || !a->geom->sig_bits)
+        return r;
+    return gpu->backend ? -PKV_ERR_UNSUPPORTED : sign_all(gpu, a, ret);
 }
 
 int gpu_put_signatures(struct gpu *gpu, const struct gpu_signatures_args *a)
 {
     const struct pkv_geom *g = a->geom;
     int r = check_append(g, &a->space, a->blocks, a->first_token, a->tokens, true);
-    if (r)
+    if (r || !g->sig_bits)
         return r;
     if (gpu->backend)
         return gpu->backend->put_signatures(gpu->device, a);

@@ -167,7 +167,7 @@ int gpu_check_views(struct gpu *gpu, const struct pkv_geom *geom, const struct g
             return -PKV_ERR_SHAPE;
         if (v->tokens > PKV_SEQ_TOKENS_MAX)
             return -PKV_ERR_LENGTH;
-        if (!gpu_places_mapped(space, v->blocks, 0, pkv_tokens_blocks(v->tokens), signatures))
+        if (!gpu_places_mapped(space, v->blocks, 0, pkv_tokens_blocks(v->tokens), signatures && geom->sig_bits))
             return -PKV_ERR_RANGE;
         total += v->queries;
     }

@@ -67,6 +67,15 @@ struct gpu_backend {
     int (*batch_counters)(void *batch, uint64_t *ret_hits, uint64_t *ret_misses);
 };
 
+/* Without signatures the k latest candidates are selected: as if so many more were recent, and none searched for. */
+static inline struct gpu_policy gpu_policy_by_age(const struct pkv_geom *geom, const struct gpu_policy *policy)
+{
+    struct gpu_policy p = *policy;
+    if (!geom->sig_bits)
+        p.recent += p.k, p.k = 0, p.top_p = 0;
+    return p;
+}
+
 /* gpu/lab.h */
 struct gpu_lab_verbs {
     int (*open)(struct gpu_device *device, struct gpu_lab **ret);

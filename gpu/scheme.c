@@ -15,14 +15,19 @@ int gpu_scheme_open(uint32_t kind, const struct pkv_geom *geom, const char *path
     if (e != PKV_ERR_OK)
         return -(int)e;
     /* `sign` and `code` have their weights in a file or learn them; the others need a file. */
-    if (!path && kind != PKV_SCHEME_SIGN && kind != PKV_SCHEME_CODE)
+    if (!path && kind != PKV_SCHEME_SIGN && kind != PKV_SCHEME_CODE && kind != PKV_SCHEME_NONE)
         return -PKV_ERR_UNSUPPORTED;
+    if (path && kind == PKV_SCHEME_NONE)
+        return -PKV_ERR_FILE_SCHEME;
     struct gpu_scheme *s = calloc(1, sizeof(*s));
     if (!s)
         return -PKV_ERR_NO_MEMORY;
     s->kind = kind, s->geom = *geom, s->unit = 1.0f;
     memset(ret_digest, 0, PKV_DIGEST_BYTES);
-    int r = path ? scheme_file_open(s, path, ret_digest) : kind == PKV_SCHEME_SIGN ? scheme_sign_open(s) : scheme_learn_open(s);
+    int r = path                      ? scheme_file_open(s, path, ret_digest)
+            : kind == PKV_SCHEME_SIGN ? scheme_sign_open(s)
+            : kind == PKV_SCHEME_CODE ? scheme_learn_open(s)
+                                      : 0; /* none: never asked */
     if (r) {
         gpu_scheme_close(s);
         return r;
@@ -100,6 +105,10 @@ int gpu_weights(struct gpu *gpu, const struct gpu_weights_args *a)
         return -PKV_ERR_FILE_FIT;
     if (!gpu->kernels->finite(a->q, a->geom->dtype, (uint64_t)a->queries * a->geom->q_heads * a->geom->head_dim))
         return -PKV_ERR_NOT_FINITE;
+    if (!a->geom->sig_bits) {
+        memset(a->ret_scales, 0, (uint64_t)a->queries * a->geom->q_heads * sizeof(*a->ret_scales));
+        return 0;
+    }
     struct weigh p = {gpu, a, gpu_scale(a->scale, a->geom)};
     gpu_team_run(&gpu->team, weigh_some, &p, (uint64_t)PKV_DIV_UP(a->queries, GPU_COLUMNS) * a->geom->q_heads);
     return 0;

@@ -151,6 +151,17 @@ static void scan_args(const struct select *s, struct gpu_scan *scan)
     scan->shift = gpu_code_shift(scan->low, scan->rule == PKV_RULE_SUM ? high : most);
 }
 
+/* Without signatures: sinks, the k latest candidates, recent. */
+static void select_latest(struct select *s, uint64_t item, uint32_t visible)
+{
+    struct gpu_policy policy = gpu_policy_by_age(s->a->geom, &s->a->policy);
+    struct span span = span_of(&policy, visible);
+    uint64_t list = item * s->rows->rows_max;
+    if (s->rows->score)
+        memset(s->rows->score + list, 0, s->rows->rows_max * sizeof(uint16_t));
+    s->rows->count[item] = write_list(s->gpu->kernels, &span, NULL, NULL, 0, 0, s->rows->index + list, NULL);
+}
+
 struct scratch {
     uint16_t *codes;
     uint32_t *histogram;
@@ -175,6 +186,10 @@ static void select_one(void *context, uint64_t item, uint32_t thread)
     const struct pkv_geom *g = a->geom;
     uint32_t query = (uint32_t)(item / g->kv_heads), head = (uint32_t)(item % g->kv_heads), group = pkv_geom_group(g);
     struct gpu_query where = gpu_query_find(a->views, a->seqs, query);
+    if (!g->sig_bits) {
+        select_latest(s, item, where.visible);
+        return;
+    }
     struct span span = span_of(&a->policy, where.visible);
     struct scratch x;
     if (!scratch_get(s->gpu, thread, g, where.visible, &x)) {

@@ -42,7 +42,7 @@ static int staged_open(struct gpu *gpu, const struct pkv_geom *g, const struct g
                                      .blocks = views[v].blocks,
                                      .count = n,
                                      .ret_rows = (char *)s->memory + at * row_bytes,
-                                     .ret_signatures = (char *)(uintptr_t)s->base[1] + at * sig_bytes};
+                                     .ret_signatures = sig_bytes ? (char *)(uintptr_t)s->base[1] + at * sig_bytes : NULL};
         r = gpu_read(gpu, &read);
         s->views[v] = views[v], s->views[v].blocks = s->refs + at;
         for (uint32_t b = 0; b < n; b++, at++) /* the tier as it was: it is counted */

@@ -38,7 +38,7 @@ static int attend_sparse(struct gpu *gpu, const struct gpu_attend_args *a, const
     const struct pkv_geom *g = a->geom;
     uint64_t heads = (uint64_t)view->queries * g->q_heads, lists = (uint64_t)view->queries * g->kv_heads;
     struct gpu_rows rows = {.rows_max = a->policy.sinks + a->policy.recent + a->policy.k};
-    int8_t *weights = gpu_buffer_get(&gpu->shared[GPU_SHARED_WEIGHTS], heads * g->sig_bits);
+    int8_t *weights = gpu_buffer_get(&gpu->shared[GPU_SHARED_WEIGHTS], heads * PKV_MAX(g->sig_bits, 1u));
     float *scales = gpu_buffer_get(&gpu->shared[GPU_SHARED_SCALES], heads * sizeof(float));
     rows.count = gpu_buffer_get(&gpu->shared[GPU_SHARED_ROWS], (lists + lists * rows.rows_max) * sizeof(uint32_t));
     if (!weights || !scales || !rows.count)

@@ -39,7 +39,7 @@ enum pkv_err pkv_check_geom(const struct pkv_geom *g)
         return PKV_ERR_GEOMETRY;
     if (g->head_dim != 64 && g->head_dim != 96 && g->head_dim != 128 && g->head_dim != 256)
         return PKV_ERR_GEOMETRY;
-    if (g->sig_bits < PKV_SIG_BITS_MIN || g->sig_bits > PKV_SIG_BITS_MAX || g->sig_bits % 32)
+    if (g->sig_bits && (g->sig_bits < PKV_SIG_BITS_MIN || g->sig_bits > PKV_SIG_BITS_MAX || g->sig_bits % 32))
         return PKV_ERR_SIG_BITS;
     return PKV_ERR_OK;
 }
@@ -48,6 +48,8 @@ enum pkv_err pkv_check_scheme(uint32_t scheme, const struct pkv_geom *g)
 {
     if (scheme >= PKV_SCHEMES)
         return PKV_ERR_SCHEME;
+    if ((scheme == PKV_SCHEME_NONE) != !g->sig_bits)
+        return PKV_ERR_SIG_BITS;
     if (scheme == PKV_SCHEME_HASH && g->sig_bits % pkv_geom_group(g))
         return PKV_ERR_SIG_BITS;
     return PKV_ERR_OK;

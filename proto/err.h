@@ -15,8 +15,8 @@
     X(FEATURE, EPROTO, "the other side needs a feature that this side lacks: upgrade the older one")                         \
     X(GEOMETRY, EINVAL, "unsupported geometry: head_dim 64, 96, 128 or 256; q_heads a multiple (1 to 16) of kv_heads")       \
     X(DTYPE, EINVAL, "unknown dtype: use f32, f16 or bf16")                                                                  \
-    X(SCHEME, EINVAL, "unknown signature scheme: use sign, code, linear or hash")                                            \
-    X(SIG_BITS, EINVAL, "signature bits must be a multiple of 32 between 32 and 256 that the scheme can make")               \
+    X(SCHEME, EINVAL, "unknown signature scheme: use sign, code, linear, hash or none")                                      \
+    X(SIG_BITS, EINVAL, "signature bits must be a multiple of 32 between 32 and 256 that the scheme can make; with none, 0") \
     X(BUDGET, EINVAL, "k must be at least 1 and at most 65536")                                                              \
     X(BUDGET_LENGTH, ERANGE, "k is above the sequence's length: use a smaller k, or dense attention")                        \
     X(SHAPE, EINVAL, "the number of tokens, queries or sequences is zero or above its limit in limits.h")                    \

@@ -17,7 +17,7 @@ struct pkv_geom {
     uint16_t kv_heads; /* divides q_heads; q head h reads kv head h / (q_heads / kv_heads) */
     uint16_t head_dim; /* 64, 96, 128 or 256 */
     uint16_t dtype;    /* enum pkv_dtype, of K and V */
-    uint16_t sig_bits; /* per token and kv head: 32..256, a multiple of 32 */
+    uint16_t sig_bits; /* per token and kv head: 32..256, a multiple of 32; 0: no signatures (PKV_SCHEME_NONE) */
     uint32_t reserved; /* zero */
 };
 PKV_WIRE_ASSERT(struct pkv_geom, 16, 4, 6 * 2 + 4, reserved, 12);

@@ -69,7 +69,14 @@ struct pkv_model_request {
 };
 PKV_WIRE_ASSERT(struct pkv_model_request, 128, 4, 8 + 16 + 8 + 64 + 32, weights_digest, 96);
 
-enum pkv_scheme { PKV_SCHEME_SIGN = 0, PKV_SCHEME_CODE = 1, PKV_SCHEME_LINEAR = 2, PKV_SCHEME_HASH = 3, PKV_SCHEMES = 4 };
+enum pkv_scheme {
+    PKV_SCHEME_SIGN = 0,
+    PKV_SCHEME_CODE = 1,
+    PKV_SCHEME_LINEAR = 2,
+    PKV_SCHEME_HASH = 3,
+    PKV_SCHEME_NONE = 4, /* sig_bits 0: the latest tokens are selected */
+    PKV_SCHEMES = 5
+};
 
 /* Asks for the fd of a chunk of the worker's tenant. */
 struct pkv_map_request {

@@ -52,9 +52,13 @@ enum pkv_err block_make(struct core *core, uint32_t seq, uint32_t layer, uint32_
     b->home = place_take(core, &kind, id);
     kind.tier = PKV_TIER_POOL;
     b->rows = b->home ? place_take(core, &kind, id) : 0;
-    kind.slot_bytes = b->rows ? b->sig_bytes : b->row_bytes;
-    b->signatures = b->rows ? place_take(core, &kind, id) : 0;
-    if (!b->signatures) {
+    bool all = b->rows;
+    if (all && b->sig_bytes) {
+        kind.slot_bytes = b->sig_bytes;
+        b->signatures = place_take(core, &kind, id);
+        all = b->signatures;
+    }
+    if (!all) {
         enum pkv_err e = b->home ? PKV_ERR_POOL_FULL : PKV_ERR_ARENA_FULL;
         if (b->rows)
             place_put_back(core, b->rows);
@@ -126,7 +130,8 @@ void block_retire(struct core *core, uint32_t id)
     core->home_in_pool -= b->state == BLOCK_HOME && b->rows;
     if (b->rows)
         place_retire(core, b->rows);
-    place_retire(core, b->signatures);
+    if (b->signatures)
+        place_retire(core, b->signatures);
     place_retire(core, b->home);
     core->totals.blocks_freed++;
     block_put_back(core, id);
@@ -179,10 +184,11 @@ void block_fill(struct core *core, uint32_t id, uint32_t source)
     struct block *b = &core->blocks[id];
     const struct block *from = &core->blocks[source];
     assert(from->pins);
-    b->source = source, b->fills = 2;
+    b->source = source, b->fills = b->sig_bytes ? 2 : 1;
     core->totals.blocks_cow++;
     emit_copy(core, id, COPY_TAIL_ROWS, from->rows ? from->rows : from->home, b->rows, b->row_bytes);
-    emit_copy(core, id, COPY_TAIL_SIGNATURES, from->signatures, b->signatures, b->sig_bytes);
+    if (b->sig_bytes)
+        emit_copy(core, id, COPY_TAIL_SIGNATURES, from->signatures, b->signatures, b->sig_bytes);
 }
 
 static void copied_tail(struct core *core, uint32_t id, bool ok)

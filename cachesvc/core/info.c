@@ -80,11 +80,12 @@ static const char *check_block(const struct core *core, uint32_t id, uint32_t se
     const struct block *b = &core->blocks[id];
     if (b->state == BLOCK_FREE)
         return seen ? "a table refers to a free block" : NULL;
-    if (!owns(core, b->home, PKV_TIER_ARENA, id) || !owns(core, b->signatures, PKV_TIER_POOL, id))
+    bool signs = b->sig_bytes;
+    if (!owns(core, b->home, PKV_TIER_ARENA, id) || (signs ? !owns(core, b->signatures, PKV_TIER_POOL, id) : b->signatures))
         return "a block does not own its home or its signatures";
     if (b->rows ? !owns(core, b->rows, PKV_TIER_POOL, id) : b->state != BLOCK_HOME)
         return "a block does not own its rows, or lost them before it was home";
-    *owned += b->rows ? 3 : 2;
+    *owned += 1u + (b->rows != 0) + signs;
     if (b->holders != seen)
         return "a block's holders are not counted right";
     if (!b->holders && !b->dying && !b->fills) {
@@ -121,7 +122,7 @@ static const char *check_seq(const struct core *core, uint32_t index, uint32_t *
                 return "a block lies elsewhere than its holder thinks";
             if ((b->state == BLOCK_GRANTED) != (i >= s->sealed[l]))
                 return "a block's state is not what its sequence says";
-            if (pkv_place_chunk(b->signatures) % core->config.pool_devices != s->device ||
+            if ((b->signatures && pkv_place_chunk(b->signatures) % core->config.pool_devices != s->device) ||
                 (b->rows && pkv_place_chunk(b->rows) % core->config.pool_devices != s->device))
                 return "a block lies on another device than its sequence";
             if (ref->signatures != b->signatures || ref->rows != (b->rows ? b->rows : b->home))

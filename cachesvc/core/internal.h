@@ -24,7 +24,7 @@ struct block {
     bool filled_badly;               /* one of them failed */
     uint32_t seq;                    /* a holder; the only one unless shared; whose tail this becomes */
     uint32_t tenant, layer, index;   /* the same in every holder */
-    uint64_t rows, signatures, home; /* places; rows 0: dropped */
+    uint64_t rows, signatures, home; /* places; rows 0: dropped; signatures 0: sig_bytes is 0 */
     uint64_t row_bytes, sig_bytes, checksum;
     uint32_t next; /* free list */
 };

@@ -181,7 +181,7 @@ static __device__ __forceinline__ void append_row(const struct cuda_append &a, s
     }
     if (bad && a.bad)
         atomicOr(a.bad, 1u);
-    if (a.scheme.kind == CUDA_SCHEME_NONE)
+    if (a.scheme.kind == PKV_SCHEME_NONE)
         return;
     __syncwarp();
     float key[PER];
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(THREADS) append_kernel(const __grid_constant__
                 block = token / PKV_BLOCK_TOKENS;
                 struct pkv_block_ref ref = seq.blocks[block];
                 rows = place_address(a.base, ref.rows, pkv_geom_block_bytes(&g));
-                if (a.scheme.kind != CUDA_SCHEME_NONE)
+                if (a.scheme.kind != PKV_SCHEME_NONE)
                     signatures = (uint32_t *)place_address(a.base, ref.signatures, pkv_geom_sig_block_bytes(&g));
             }
             append_row<T, PER>(a, &m, now, c, rows, signatures, (uint32_t)(token % PKV_BLOCK_TOKENS), head);
@@ -277,7 +277,7 @@ extern "C" int cuda_append_preload(void)
 
 extern "C" int cuda_append_launch(const struct cuda_append *a, void *stream)
 {
-    if (!a->tokens || !a->count || (a->scheme.kind == CUDA_SCHEME_NONE && !a->k))
+    if (!a->tokens || !a->count || (a->scheme.kind == PKV_SCHEME_NONE && !a->k))
         return -(int)PKV_ERR_SHAPE;
     return a->geom.dtype == PKV_F32   ? start<float>(a, stream)
            : a->geom.dtype == PKV_F16 ? start<__half>(a, stream)

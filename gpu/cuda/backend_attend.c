@@ -84,14 +84,15 @@ static void visible_of(const struct backend *b, const struct piece *p, uint32_t 
     *ret_view = &p->views[q->seq], *ret_visible = (uint32_t)(p->views[q->seq].tokens - q->back);
 }
 
-static struct cuda_policy policy_of(const struct gpu_policy *p, const struct pkv_geom *g)
+static struct cuda_policy policy_of(const struct gpu_policy *policy, const struct pkv_geom *g)
 {
-    return (struct cuda_policy){.k = p->k,
-                                .sinks = p->sinks,
-                                .recent = p->recent,
-                                .rule = p->rule,
-                                .top_p = p->top_p,
-                                .scale = p->scale > 0 ? p->scale : 1.0f / sqrtf((float)g->head_dim)};
+    struct gpu_policy p = gpu_policy_by_age(g, policy);
+    return (struct cuda_policy){.k = p.k,
+                                .sinks = p.sinks,
+                                .recent = p.recent,
+                                .rule = p.rule,
+                                .top_p = p.top_p,
+                                .scale = p.scale > 0 ? p.scale : 1.0f / sqrtf((float)g->head_dim)};
 }
 
 /* Everything but the scheme and what is given. `more` bytes of `in` are left for the caller, whose q goes in here. */
@@ -156,9 +157,9 @@ static int lists_launch(struct backend *b, const struct cuda_attend *a)
 {
     const struct cuda_table *t = gpu_cuda_table();
     int r = mark(b, 0);
-    r = r ? r : t->query(a, b->stream);
+    r = r || !a->geom.sig_bits ? r : t->query(a, b->stream);
     r = r ? r : mark(b, 1);
-    r = r ? r : t->scan(a, b->stream);
+    r = r || !a->geom.sig_bits ? r : t->scan(a, b->stream);
     r = r ? r : mark(b, 2);
     r = r ? r : t->pick(a, b->stream);
     return r ? r : mark(b, 3);

@@ -56,7 +56,7 @@ static int append_piece(struct backend *b, const struct gpu_append_args *a, uint
         memcpy(b->in.host + k + i * each, (const char *)a->k + (uint64_t)(done + i) * k_stride, each);
         memcpy(b->in.host + v + i * each, (const char *)a->v + (uint64_t)(done + i) * v_stride, each);
     }
-    append.scheme.kind = CUDA_SCHEME_NONE;
+    append.scheme.kind = PKV_SCHEME_NONE;
     append.seqs = (const struct cuda_seq *)(const void *)(b->in.device + t.seq);
     append.k = b->in.device + k, append.v = b->in.device + v;
     r = area_send(b, &b->in);

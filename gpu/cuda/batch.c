@@ -109,7 +109,7 @@ static int open_cache(struct batch *b, uint64_t bytes)
 static int open_run(struct batch *b, const struct gpu_batch_options *o, uint32_t index, uint32_t tokens_max)
 {
     struct run *run = &b->run[index];
-    const struct gpu_policy *p = &o->policy;
+    const struct gpu_policy by_age = gpu_policy_by_age(&b->geom, &o->policy), *p = &by_age;
     struct cuda_attend *a = &run->attend;
     uint64_t at_once = CODES_BYTES / sizeof(*a->work.codes) / ((uint64_t)b->geom.kv_heads * PKV_MAX(tokens_max, 1u));
     int r = cuda_scheme_upload(o->run[index].scheme, &run->scheme, &run->scheme_memory);

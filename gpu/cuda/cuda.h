@@ -31,9 +31,8 @@ struct cuda_map {
 #define CUDA_STAGES 4u
 
 /* A signature scheme in device memory; arrays as in gpu/scheme.h. Unused ones are NULL. */
-#define CUDA_SCHEME_NONE PKV_SCHEMES /* append writes rows alone */
 struct cuda_scheme {
-    uint32_t kind; /* enum pkv_scheme or CUDA_SCHEME_NONE */
+    uint32_t kind; /* enum pkv_scheme; PKV_SCHEME_NONE: append writes rows alone */
     uint32_t bases, dims;
     uint32_t q_signs, q_own; /* q_own: the queries' map is per q head and its own, else the keys' map (linear) */
     float unit;
@@ -87,7 +86,7 @@ struct cuda_cache {
 enum cuda_counter { CUDA_HITS, CUDA_MISSES, CUDA_COUNTERS }; /* rows of the arena that were chosen; a miss reads a row */
 
 struct cuda_policy {
-    uint32_t k, sinks, recent, rule, dense_below; /* as in gpu_policy */
+    uint32_t k, sinks, recent, rule, dense_below; /* as in gpu_policy; without signatures k is 0 */
     float top_p;
     float scale; /* of the softmax, resolved: never 0 */
 };

@@ -128,6 +128,8 @@ __global__ void __launch_bounds__(THREADS, 2) pick_kernel(const __grid_constant_
 {
     __shared__ struct choose_shared m;
     uint32_t list = blockIdx.x / a.parts, part = blockIdx.x % a.parts, query = list / a.geom.kv_heads;
+    if (!a.geom.sig_bits) /* the call's first kernel */
+        wait_for_former();
     struct span span = span_of(a, query);
     struct list_of l = list_at(a, query, list % a.geom.kv_heads, span);
     wait_for_former();

@@ -17,8 +17,10 @@ static int call(const struct cuda_attend *a, cuda_stream stream)
     if (a->team)
         return cuda_team_launch(a, stream);
     if (!cuda_dense_only(a)) {
-        r = cuda_query_launch(a, stream);
-        r = r ? r : cuda_scan_launch(a, stream);
+        if (a->geom.sig_bits) {
+            r = cuda_query_launch(a, stream);
+            r = r ? r : cuda_scan_launch(a, stream);
+        }
         r = r ? r : cuda_pick_launch(a, stream);
     }
     return r ? r : cuda_attend_launch(a, stream);

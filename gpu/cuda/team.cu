@@ -310,7 +310,7 @@ extern "C" uint32_t cuda_team_size(const struct cuda_attend *a, uint32_t process
 {
     const struct pkv_geom &g = a->geom;
     bool able = g.dtype != PKV_F32 && (g.head_dim == 64 || g.head_dim == 128 || g.head_dim == 256) &&
-                pkv_geom_group(&g) <= HEADS && g.sig_bits <= 128 && a->policy.rule == PKV_RULE_SOFTMAX;
+                pkv_geom_group(&g) <= HEADS && g.sig_bits && g.sig_bits <= 128 && a->policy.rule == PKV_RULE_SOFTMAX;
     return able ? team_of(a, processors, PKV_MIN(shared, SHARED_MAX)) : 0;
 }
 

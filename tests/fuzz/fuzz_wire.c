@@ -46,7 +46,7 @@ static void fuzz_model(const struct pkv_model_request *m)
     if (pkv_check_model(m) != PKV_ERR_OK)
         return;
     must(m->geom.q_heads % m->geom.kv_heads == 0 && pkv_geom_group(&m->geom) <= PKV_GROUP_MAX);
-    must(pkv_geom_words(&m->geom) >= 1 && pkv_geom_words(&m->geom) <= PKV_SIG_WORDS_MAX);
+    must((pkv_geom_words(&m->geom) == 0) == (m->scheme == PKV_SCHEME_NONE) && pkv_geom_words(&m->geom) <= PKV_SIG_WORDS_MAX);
     must(pkv_geom_block_bytes(&m->geom) % 64 == 0 && pkv_geom_sig_block_bytes(&m->geom) % 64 == 0);
     must(strlen(m->name) < PKV_MODEL_NAME_BYTES && m->rope_base == m->rope_base);
 }

@@ -150,7 +150,7 @@ static void check_apart(const struct world *w, const struct on_device *d, struct
     CUDA(cudaMemset(d->signatures, 0, signatures));
     memset(d->arena, 0, rows);
     CUDA(cudaMemcpy(d->seqs, &seq, sizeof(seq), cudaMemcpyHostToDevice));
-    append.tokens = w->tokens, append.scheme.kind = CUDA_SCHEME_NONE;
+    append.tokens = w->tokens, append.scheme.kind = PKV_SCHEME_NONE;
     MUST(table->append(&append, NULL) == 0);
     append.k = append.v = NULL;
     MUST(table->append(&append, NULL) == -PKV_ERR_SHAPE);

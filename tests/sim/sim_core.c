@@ -14,6 +14,7 @@ enum {
     WORKERS = 6,
     SEQS = 12,
     LAYERS = 2,
+    MODELS = 3, /* the last without signatures */
     BLOCKS = 24,
     CHUNKS = 8,
     ARENA = 8,
@@ -52,9 +53,9 @@ static uint32_t next_tag = 1000;
 static struct reader workers[WORKERS];
 static struct sequence seqs[SEQS];
 static struct core_action copies[COPIES];
-static uint32_t copy_count, model[2], devices;
+static uint32_t copy_count, model[MODELS], devices;
 static uint64_t waiting, answered, seen_home, seen_full, seen_arena_full, seen_dropped;
-static uint64_t seen_held, seen_moved, seen_forks, seen_cuts, seen_cow, seen_cow_failed;
+static uint64_t seen_held, seen_moved, seen_forks, seen_bare, seen_cuts, seen_cow, seen_cow_failed;
 static struct core *core;
 
 static uint32_t below(uint32_t n)
@@ -124,6 +125,8 @@ static void child_born(uint32_t worker, uint32_t tag, enum pkv_err err, uint64_t
                 s->content[l][b] = 0;
             else if (!pkv_table_layer(s->table, (uint32_t)l, s->table->blocks_max)[b].rows)
                 fail("a child lacks a block");
+    const struct pkv_block_ref *first = pkv_table_layer(s->table, 0, s->table->blocks_max);
+    seen_bare += f->tokens % PKV_BLOCK_TOKENS && first->rows && !first->signatures;
     seen_forks++;
 }
 
@@ -219,7 +222,7 @@ static void event_create(struct reader *w)
     struct sequence *s = &seqs[below(SEQS)];
     if (s->live || !w->live)
         return;
-    struct pkv_op_create op = {.model = model[below(2)],
+    struct pkv_op_create op = {.model = model[below(MODELS)],
                                .max_tokens = PKV_BLOCK_TOKENS * (1 + below(BLOCKS)),
                                .flags = below(3) ? 0 : PKV_SEQ_PERSISTENT};
     uint64_t handle, table;
@@ -365,10 +368,14 @@ static void start(uint64_t seed)
     core = core_create(&config, &(struct core_hooks){table_alloc, table_free, NULL});
     if (!core)
         fail("no core");
-    for (uint16_t m = 0; m < 2; m++) {
-        struct pkv_model_request r = {
-            .geom = {
-                .layers = LAYERS, .q_heads = 1, .kv_heads = 1, .head_dim = 64, .dtype = m ? PKV_F32 : PKV_F16, .sig_bits = 64}};
+    for (uint16_t m = 0; m < MODELS; m++) {
+        struct pkv_model_request r = {.scheme = m == 2 ? PKV_SCHEME_NONE : PKV_SCHEME_SIGN,
+                                      .geom = {.layers = LAYERS,
+                                               .q_heads = 1,
+                                               .kv_heads = 1,
+                                               .head_dim = 64,
+                                               .dtype = m ? PKV_F32 : PKV_F16,
+                                               .sig_bits = m == 2 ? 0 : 64}};
         r.name[0] = (char)('a' + m);
         if (core_model_add(core, &r, &model[m]) != PKV_ERR_OK)
             fail("no model");
@@ -406,7 +413,7 @@ int main(int argc, char **argv)
            " met a full arena, %" PRIu64 " blocks dropped\n",
            seeds * events, waiting, answered, seen_full, seen_arena_full, seen_dropped);
     if (!seen_held || !seen_moved || !waiting || !seen_full || !seen_arena_full || !seen_dropped || !seen_home || !seen_forks ||
-        !seen_cuts || !seen_cow || !seen_cow_failed)
+        !seen_bare || !seen_cuts || !seen_cow || !seen_cow_failed)
         fail("the events reached too little: this run proves nothing");
     return 0;
 }

@@ -32,6 +32,15 @@ static void test_geom(void **state)
     assert_int_equal(pkv_check_geom(&g), PKV_ERR_GEOMETRY);
     g = good, g.sig_bits = 48;
     assert_int_equal(pkv_check_geom(&g), PKV_ERR_SIG_BITS);
+    g = good, g.sig_bits = 16;
+    assert_int_equal(pkv_check_geom(&g), PKV_ERR_SIG_BITS);
+    g = good, g.sig_bits = 0; /* no bits and no scheme: either alone is refused */
+    assert_int_equal(pkv_check_geom(&g), PKV_ERR_OK);
+    for (uint32_t scheme = 0; scheme < PKV_SCHEMES; scheme++) {
+        bool none = scheme == PKV_SCHEME_NONE;
+        assert_int_equal(pkv_check_scheme(scheme, &g), none ? PKV_ERR_OK : PKV_ERR_SIG_BITS);
+        assert_int_equal(pkv_check_scheme(scheme, &good), none ? PKV_ERR_SIG_BITS : PKV_ERR_OK);
+    }
     g = good, g.reserved = 1;
     assert_int_equal(pkv_check_geom(&g), PKV_ERR_RESERVED);
     g = good, g.sig_bits = 32, g.q_heads = 24;
