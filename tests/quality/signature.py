@@ -1,5 +1,5 @@
-"""A signature to judge, as named on the command line: code:128, sign:64, hash:128:FILE, code:32/64/32 with a size for each
-layer (pivotkv-sizes), or a selection in numpy."""
+"""A signature to judge, as named on the command line: code:128, sign:64, hash:128:FILE, code:32/64/0 with a size for each
+layer (pivotkv-sizes; 0: the latest tokens), or a selection in numpy."""
 from __future__ import annotations
 
 import pathlib

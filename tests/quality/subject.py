@@ -77,8 +77,9 @@ class Subject:
         import pivotkv
         m = self.model
         weights = str(signature.weights) if signature.weights else None
+        scheme = signature.kind if bits or not signature.sizes else "none"
         return kv.model(f"{name}-{self.name}-{signature.kind}-{bits}-{layers}", layers=layers, q_heads=m.q_heads,
-                        kv_heads=m.kv_heads, head_dim=m.head_dim, dtype="f16", scheme=signature.kind, bits=bits,
+                        kv_heads=m.kv_heads, head_dim=m.head_dim, dtype="f16", scheme=scheme, bits=bits,
                         weights=weights, rope=pivotkv.Rope(m.rope_base, interleaved=self.traits.interleaved))
 
 

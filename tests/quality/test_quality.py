@@ -109,6 +109,7 @@ class ReportTest(unittest.TestCase):
         self.assertEqual(Signature.parse("hash:96:a:b"), Signature("hash", 96, pathlib.Path("a:b")))
         layered = Signature.parse("code:32/96/64")
         self.assertEqual((layered.bits, layered.size(1), layered.bytes(64)), (64, 96, 8))
+        self.assertEqual(Signature.parse("code:0/64").size(0), 0)
         for bad in ("code", "code:many", "oracle:3", "magic:64", "", "code:32/", "hash:32/64", "code:32/64:file"):
             with self.assertRaisesRegex(ValueError, "no signature"):
                 Signature.parse(bad)

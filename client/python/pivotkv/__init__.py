@@ -28,7 +28,7 @@ _lib = _library.load()
 
 _DTYPES = {"f32": 0, "f16": 1, "bf16": 2}
 _NUMPY = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16), "bf16": np.dtype(np.uint16)}
-_SCHEMES = {"sign": 0, "code": 1, "linear": 2, "hash": 3}
+_SCHEMES = {"sign": 0, "code": 1, "linear": 2, "hash": 3, "none": 4}
 
 
 class Error(OSError):

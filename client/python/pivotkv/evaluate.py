@@ -43,7 +43,7 @@ class Wish:
     k: int
     sinks: int = 128
     recent: int = 128
-    rule: str = "softmax"  # or "sum", "max" of the integer scores
+    rule: str = "softmax"  # or "sum", "max" of the integer scores; "age": the latest, as without signatures
 
 
 def select(scores: np.ndarray, units: np.ndarray, exact: np.ndarray, wish: Wish) -> np.ndarray:
@@ -53,6 +53,8 @@ def select(scores: np.ndarray, units: np.ndarray, exact: np.ndarray, wish: Wish)
     last = visible - min(wish.recent, visible - first)
     if wish.rule == "softmax":
         codes = softmax_codes(scores[:, first:last], units, _biases(scores, units, exact, first, last))
+    elif wish.rule == "age":
+        codes = np.arange(first, last)
     else:
         codes = scores[:, first:last].sum(axis=0) if wish.rule == "sum" else scores[:, first:last].max(axis=0)
     order = np.argsort(-codes, kind="stable")[: wish.k]  # ties to the lower index

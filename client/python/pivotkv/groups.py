@@ -20,7 +20,8 @@ from .steps import Steps
 
 def open_batch(kv: Connection, name: str, layers: int, bits: int | ListOf[int], max_tokens: int, label: str | None = None,
                **model: Any) -> Batch | LayeredBatch:
-    """bits: of every layer, or a list with a size for each. model: the rest of what Connection.model takes."""
+    """bits: of every layer, or a list with a size for each: 0 for layers that select the latest tokens (scheme "none"). model:
+    the rest of what Connection.model takes."""
     if isinstance(bits, int):
         return Batch(kv.model(name, layers=layers, bits=bits, **model), max_tokens, label)
     sizes = [int(size) for size in bits]
@@ -31,8 +32,8 @@ def open_batch(kv: Connection, name: str, layers: int, bits: int | ListOf[int], 
     with contextlib.ExitStack() as opened:
         parts = []
         for size in sorted(set(sizes)):
-            parts.append(Batch(kv.model(_part_name(name, sizes, size), layers=sizes.count(size), bits=size, **model),
-                               max_tokens, label))
+            part = {**model, "bits": size, **({} if size else {"scheme": "none"})}
+            parts.append(Batch(kv.model(_part_name(name, sizes, size), layers=sizes.count(size), **part), max_tokens, label))
             opened.callback(parts[-1].close)
         opened.pop_all()
     return LayeredBatch(parts, sizes)

@@ -38,8 +38,8 @@ def errors(recording: Recording, sizes: list[int], budgets: list[int], every: in
         made = Calibrator(geometry, recording.about.rope, recording.tokens)
         made.feed(0, 0, q=one.q(layer)[:learn], k=one.k(layer)[:learn])
         for j, bits in enumerate(sizes):
-            scheme = Scheme("code", geometry, bits, {}, 1.0, _Arrays(made.code(bits)))
-            points = evaluate.run(one, scheme, budgets, evaluate.positions_of(one, every))
+            scheme = Scheme("code", geometry, bits, {}, 1.0, _Arrays(made.code(bits))) if bits else None
+            points = evaluate.run(one, scheme, budgets, evaluate.positions_of(one, every), rule="softmax" if bits else "age")
             found[i, j] = np.mean([point.error for point in points])
             progress(i * len(sizes) + j + 1)
     return found
@@ -62,18 +62,26 @@ def choose(found: np.ndarray, sizes: list[int], mean: float) -> list[int]:
     return list(min(best.values())[1])
 
 
+def _sizes(text: str) -> list[int]:
+    """As command.numbers, and 0."""
+    parts = text.split(",")
+    bits = [part for part in parts if part != "0"]
+    return [0] * (len(bits) < len(parts)) + (command.numbers(",".join(bits)) if bits else [])
+
+
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     p = command.parser(NAME, ABOUT)
     p.add_argument("recordings", nargs="+", metavar="RECORDING", help="of all layers, with values (pivotkv-calibrate --values)")
-    p.add_argument("--sizes", type=command.numbers, default=[32, 64, 96], metavar="BITS,BITS", help="to choose from (32,64,96)")
+    p.add_argument("--sizes", type=_sizes, default=[32, 64, 96], metavar="BITS,BITS",
+                   help="to choose from (32,64,96); 0: no signatures, the latest k tokens")
     p.add_argument("--mean", type=float, help="bits of a layer, on average (the middle size)")
     p.add_argument("--k", type=command.numbers, default=[128], metavar="K,K", help="budgets (128)")
     p.add_argument("--every", type=command.positive, default=32, help="positions (%(default)s)")
     p.add_argument("--format", choices=("table", "json"), default="table")
     o = p.parse_args(argv)
     o.sizes = sorted(set(o.sizes))
-    if any(size % STEP or not STEP <= size <= 256 for size in o.sizes):
-        p.error("--sizes are multiples of 32 up to 256")
+    if any(size % STEP or not 0 <= size <= 256 for size in o.sizes):
+        p.error("--sizes are multiples of 32 up to 256, or 0")
     o.mean = o.mean or float(o.sizes[len(o.sizes) // 2])
     if o.mean < o.sizes[0]:
         p.error(f"--mean {o.mean:g} is below the smallest of --sizes, {o.sizes[0]}")

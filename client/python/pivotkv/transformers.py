@@ -201,7 +201,8 @@ class Cache(transformers.Cache):
     decode_tokens  a forward of at most so many new tokens (one, or a few that verify a draft) decodes, if the cache has a past
     max_tokens     of a sequence; default: the model's max_position_embeddings
     name           identity of the weights; default: a digest of them, of the RoPE and of the scheme
-    scheme, bits   of the signatures, as in Connection.model; bits may be a list with a size for each layer (`pivotkv-sizes`)
+    scheme, bits   of the signatures, as in Connection.model; bits may be a list with a size for each layer (`pivotkv-sizes`):
+                   0 for a layer that attends to the latest tokens instead
     stream         whether steps of one token a row run in torch's stream without a copy; default: where daemon and model are on
                    the only GPU that torch sees (of several, it must be the connection's). At most 256 rows; not in the tally
     """

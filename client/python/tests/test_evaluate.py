@@ -154,6 +154,8 @@ class SizesTest(unittest.TestCase):
             for row in (rows[0], rows[2]):
                 self.assertLess(row["error_64"], 0.95 * row["error_32"])
             self.assertEqual(run(*common, "--mean", "54").stdout.splitlines()[-1], "64,32,64")
+            done = run(path, "--sizes", "0,64", "--every", "40", "--mean", "43")
+            self.assertEqual(done.stdout.splitlines()[-1], "64,0,64", done.stderr)
             write_recording(path, 3, 300, layers=(0, 1))
             for arguments, code, word in (((path,), 1, "no values"), ((path, "--sizes", "40"), 2, "multiples of 32"),
                                           ((path, "--sizes", "64", "--mean", "40"), 2, "below the smallest"),
