@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(THREADS, 1) team_kernel(const __grid_constant_
 #else
 template <typename T, uint32_t DIM, uint32_t SETS> __global__ void team_kernel(const __grid_constant__ struct team_call call)
 {
-    /* never launched: no bulk copies (cuda_team_size) */
+    /* never launched: no words of 128 bits (cuda_team_preload) */
 }
 #endif
 

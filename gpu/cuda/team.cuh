@@ -129,33 +129,4 @@ static __device__ __forceinline__ void team_leave(const struct team &t)
         t.gate[64] = t.epoch;
 }
 
-/* ---- bulk copies into shared memory, watched by an mbarrier ---- */
-
-#if __CUDA_ARCH__ >= 900
-static __device__ __forceinline__ void arrival_init(uint32_t gate)
-{
-    asm volatile("mbarrier.init.shared.b64 [%0],1;" ::"r"(gate) : "memory");
-}
-static __device__ __forceinline__ void bulk_expect(uint32_t gate, uint32_t bytes)
-{
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _,[%0],%1;" ::"r"(gate), "r"(bytes) : "memory");
-}
-static __device__ __forceinline__ void bulk_copy(uint32_t to, uint64_t from, uint32_t bytes, uint32_t gate)
-{
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(to), "l"(from),
-                 "r"(bytes), "r"(gate)
-                 : "memory");
-}
-static __device__ __forceinline__ void bulk_wait(uint32_t gate, uint32_t phase)
-{
-    uint32_t done;
-    do
-        asm volatile("{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.shared.b64 p,[%1],%2;\n\tselp.u32 %0,1,0,p;\n\t}"
-                     : "=r"(done)
-                     : "r"(gate), "r"(phase)
-                     : "memory");
-    while (!done);
-}
-#endif
-
 #endif

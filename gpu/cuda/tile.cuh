@@ -95,9 +95,9 @@ static __device__ __forceinline__ uint4 load_shared_piece(uint32_t at)
     return v;
 }
 
-/* Sixteen rows, or their keys alone (BYTES of each), into a warp's tile, PITCH bytes apart; the last of `rows` stands in for
- * those beyond. Loads, not asynchronous copies: out of the CPU's memory those reach half the rate. keep: NULL, or where rows
- * are stored as well. */
+/* Sixteen rows, or their keys alone (BYTES of each), into a warp's tile, PITCH bytes apart; those beyond `rows` are zero.
+ * Loads, not asynchronous copies: out of the CPU's memory those reach half the rate. keep: NULL, or where rows are stored as
+ * well. */
 template <uint32_t BYTES, uint32_t PITCH>
 static __device__ __forceinline__ void load_tile(unsigned char *tile, const uint64_t *address, const uint64_t *keep,
                                                  uint32_t first, uint32_t rows, uint32_t lane)
