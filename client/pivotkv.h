@@ -132,7 +132,8 @@ struct pkv_budget {
     uint32_t k;           /* selected rows per query token and kv head, beside sinks and recent */
     uint32_t sinks;       /* first tokens, always attended; usual 128 */
     uint32_t recent;      /* last tokens, always attended; usual 128 */
-    float top_p;          /* 0: fixed k; else smallest k whose estimated mass reaches top_p, at most k; PKV_NONE: ignored */
+    float top_p;          /* 0: fixed k; else smallest k whose estimated mass reaches top_p, at most k, beside at least one
+                           of sinks and recent; PKV_NONE: ignored */
     float scale;          /* of the softmax; 0: 1 / sqrt(head_dim) */
     uint32_t rule;        /* enum pkv_group_rule */
     uint32_t dense;       /* 1: exact attention over all tokens; k, sinks, recent are ignored */

@@ -77,7 +77,8 @@ int gpu_batch_open(struct gpu *gpu, const struct gpu_batch_options *options, str
     b->gpu = gpu, b->geom = *options->geom, b->options = *options, b->options.geom = &b->geom;
     /* A short sequence is attended densely here as it is on a device, which cannot refuse a length. */
     uint64_t dense = (uint64_t)options->policy.sinks + options->policy.recent + options->policy.k + 1;
-    b->options.policy.dense_below = (uint32_t)PKV_MAX(dense, (uint64_t)options->policy.dense_below);
+    dense = PKV_MAX(dense, (uint64_t)options->policy.dense_below);
+    b->options.policy.dense_below = (uint32_t)PKV_MIN(dense, (uint64_t)UINT32_MAX);
     r = !gpu->backend               ? host_open(b)
         : !gpu->backend->batch_open ? -PKV_ERR_UNSUPPORTED
                                     : gpu->backend->batch_open(gpu->device, &b->options, &b->device);

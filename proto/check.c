@@ -214,7 +214,7 @@ enum pkv_err pkv_check_select(const struct pkv_select_args *a)
     if (a->k > a->tokens)
         return PKV_ERR_BUDGET_LENGTH;
     if (a->rule >= PKV_RULES || !within(a->scale, 1e-6f, 1e6f) || !within(a->top_p, 0.0f, 1.0f) ||
-        (a->top_p > 0 && a->rule != PKV_RULE_SOFTMAX))
+        (a->top_p > 0 && (a->rule != PKV_RULE_SOFTMAX || !(a->sinks + a->recent)))) /* mass is measured by theirs */
         return PKV_ERR_INVALID;
     return PKV_ERR_OK;
 }

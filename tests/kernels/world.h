@@ -135,7 +135,7 @@ static inline struct world world_random(void)
     w.tokens = 1 + below(below(4) ? 700 : 3000), w.queries = 1 + below(PKV_MIN(3u, w.tokens));
     w.policy = (struct gpu_policy){.k = 1 + below(w.tokens), .sinks = below(100), .recent = below(100), .rule = below(3)};
     if (w.policy.rule == PKV_RULE_SOFTMAX && below(3) == 0)
-        w.policy.top_p = 0.05f + 0.01f * (float)below(95);
+        w.policy.top_p = 0.05f + 0.01f * (float)below(95), w.policy.recent = PKV_MAX(w.policy.recent, 1u);
     printf("kv %u group %u dim %u dtype %u bits %u tokens %u queries %u k %u sinks %u recent %u rule %u top_p %g\n",
            w.g.kv_heads, pkv_geom_group(&w.g), w.g.head_dim, w.g.dtype, w.g.sig_bits, w.tokens, w.queries, w.policy.k,
            w.policy.sinks, w.policy.recent, w.policy.rule, w.policy.top_p);

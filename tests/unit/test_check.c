@@ -198,6 +198,10 @@ static void test_select(void **state)
     assert_int_equal(pkv_check_select(&a), PKV_ERR_INVALID);
     a = good, a.top_p = 0.9f, a.rule = PKV_RULE_SUM;
     assert_int_equal(pkv_check_select(&a), PKV_ERR_INVALID);
+    a = good, a.top_p = 0.9f, a.sinks = 0, a.recent = 1;
+    assert_int_equal(pkv_check_select(&a), PKV_ERR_OK);
+    a.recent = 0;
+    assert_int_equal(pkv_check_select(&a), PKV_ERR_INVALID);
     a = good, a.tokens = UINT64_MAX;
     assert_int_equal(pkv_check_select(&a), PKV_ERR_LENGTH);
 }
