@@ -38,14 +38,15 @@ int seq_seal(struct pkv_seq *seq, uint32_t layer, uint64_t tokens)
 static int learn_sign(struct pkv_seq *seq, const struct gpu_observation *o)
 {
     struct pkv_model *m = seq->model;
-    int r = 0;
     if (seq->state || seq->scheme != m->scheme0 || !gpu_scheme_observe(m->scheme0, o))
         return 0;
-    for (struct pkv_seq *s = m->seqs; s && !r; s = s->next)
-        if (s->scheme == m->scheme0 && !(m->turn.to && o->layer < m->turn.layers))
-            r = seq_sign_again(s, o->layer, m->scheme0);
-    bool complete = m->kind == PKV_SCHEME_SIGN && gpu_scheme_settled(m->scheme0);
-    return r || !complete ? r : model_sign_share(m);
+    for (struct pkv_seq *s = m->seqs; s; s = s->next) {
+        bool old = s->scheme == m->scheme0 && !s->gone && !(m->turn.to && o->layer < m->turn.layers);
+        int r = old ? seq_sign_again(s, o->layer, m->scheme0) : 0;
+        s->gone |= r == -PKV_ERR_STALE;
+        s->foreign |= r && !s->gone; /* its own next call signs all of it */
+    }
+    return m->kind == PKV_SCHEME_SIGN && gpu_scheme_settled(m->scheme0) ? model_sign_share(m) : 0;
 }
 
 int model_learn(struct pkv_seq *seq, const struct gpu_observation *o)

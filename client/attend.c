@@ -175,7 +175,7 @@ static int select_direct(const struct attend_part *p, const struct gpu_rows *row
 {
     struct pkv_model *m = p->seq->model;
     uint64_t heads = (uint64_t)p->view.queries * m->geom.q_heads;
-    int8_t *weights = malloc(heads * m->geom.sig_bits);
+    int8_t *weights = malloc(heads * PKV_MAX(m->geom.sig_bits, 1u));
     float *scales = malloc(heads * sizeof(*scales));
     struct gpu_weights_args sign = {.geom = &m->geom,
                                     .scheme = seq_scheme(p->seq, p->layer),

@@ -34,7 +34,7 @@ static int seq_joins(struct pkv_batch *b, uint32_t index, struct pkv_seq *seq)
     r = r ? r : seq_settle(seq, 0);
     if (r)
         return r;
-    *s = (struct batch_seq){.seq = seq, .scheme = seq->scheme, .version = gpu_scheme_version(seq->scheme), .cuts = seq->cuts};
+    *s = (struct batch_seq){.seq = seq, .cuts = seq->cuts};
     s->refs = calloc(entries, sizeof(*s->refs));
     if (!s->refs)
         return -PKV_ERR_NO_MEMORY;
@@ -90,6 +90,8 @@ static int batch_make(struct pkv_batch *b, struct pkv_seq *const *seqs, uint64_t
     }
     for (uint32_t i = 0; i < b->count && !r; i++)
         r = seq_joins(b, i, seqs[i]);
+    for (uint32_t i = 0; i < b->count && !r; i++) /* settling a later one may have changed an earlier one's */
+        b->seqs[i].scheme = seqs[i]->scheme, b->seqs[i].version = gpu_scheme_version(seqs[i]->scheme);
     return r ? r : gpu_side(b, cache_bytes);
 }
 

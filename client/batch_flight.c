@@ -100,6 +100,6 @@ int batch_quiet(struct pkv_model *m)
     int r = 0;
     for (struct pkv_batch *b = m->kv->batches; b && !r; b = b->next)
         if (b->model == m)
-            r = b->open ? -PKV_ERR_BUSY : (b->late = batch_drain(b)) == -PKV_ERR_TIMEOUT ? b->late : 0;
+            r = b->open ? -PKV_ERR_BUSY : (b->late = batch_drain(b)) && batch_oldest(b) ? b->late : 0;
     return r;
 }

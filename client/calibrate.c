@@ -74,8 +74,10 @@ static void solver_start(struct calibration *c, struct gpu_scheme *scheme)
     bool last = scheme == c->learner;
     *s = (struct solver){.scheme = scheme, .shares = last, .all = last && c->number > 1, .fd = -1};
     s->running = !pthread_create(&s->thread, NULL, solve, s);
-    if (!s->running)
+    if (!s->running) {
+        *s = (struct solver){0};
         give_up(c);
+    }
 }
 
 static bool enough(const struct pkv_model *m)

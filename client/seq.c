@@ -238,12 +238,13 @@ int pkv_seq_fork(struct pkv_seq *seq, uint64_t tokens, uint32_t max_tokens, stru
     int r = seq_check(seq, 0);
     if (!r && (tokens > pkv_seq_tokens(seq) || (max_tokens && tokens > max_tokens)))
         r = -PKV_ERR_LENGTH;
+    r = r || !seq->foreign ? r : seq_settle(seq, 0); /* the child's blocks are these, and nothing tells how they are signed */
     r = r ? r : ring_call(kv, &s, &c);
     r = r ? r : adopt(seq->model, c.value0, c.value1, ret);
     if (r)
         return kv_done(kv, r);
     (*ret)->writer = true;
-    (*ret)->heir = !seq->writer && tokens;
+    (*ret)->heir = (!seq->writer || seq->heir) && tokens;
     (*ret)->max_tokens = max_tokens ? max_tokens : seq->max_tokens;
     set_length(*ret, tokens);
     return 0;

@@ -202,8 +202,11 @@ int model_sign_share(struct pkv_model *m)
         return r == -PKV_ERR_STATE_EXISTS ? 0 : r; /* seq_settle takes that one */
     m->scheme0 = NULL;
     for (struct pkv_seq *s = m->seqs; s && !r; s = s->next)
-        if (s->scheme == scheme && s->writer)
+        if (s->scheme == scheme && s->writer && !s->foreign && !s->heir && !s->gone) {
             r = seq_say_signed(s, 1, scheme);
+            s->gone = r == -PKV_ERR_STALE;
+            r = s->gone ? 0 : r;
+        }
     return r;
 }
 

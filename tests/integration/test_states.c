@@ -180,6 +180,47 @@ static void test_before_the_first(void **state)
     pkv_close(kv), pkv_close(other), pkv_close(reader);
 }
 
+/* Forked before its first use, what another worker wrote in its own way is signed as this worker's. */
+static void test_forked_before_use(void **state)
+{
+    (void)state;
+    enum { N = 1024 };
+    struct pkv *gone = attach(&daemon_, 0), *kv = attach(&daemon_, 0);
+    struct pkv_model *theirs = open_code(gone, "prefix"), *mine = open_code(kv, "prefix");
+    struct pkv_seq *left = create(gone, theirs, PKV_PERSISTENT), *own = create(kv, mine, 0), *child;
+    uint64_t handle = pkv_seq_handle(left);
+    append(gone, create(gone, theirs, 0), 1, 0, N); /* so that it has learnt other means */
+    append(gone, left, 0, 0, N);
+    pkv_close(gone);
+    append(kv, own, 0, 0, N);
+    GOOD(kv, pkv_seq_open(mine, handle, &left));
+    GOOD(kv, pkv_seq_fork(left, N, 0, &child));
+    struct selection want = selection(kv, own, 0), got = selection(kv, child, 0);
+    assert_same(&want, &got);
+    GOOD(kv, pkv_seq_destroy(left));
+    pkv_close(kv);
+}
+
+/* A sequence that another worker destroyed is no hindrance to what its former neighbours learn. */
+static void test_destroyed_while_learning(void **state)
+{
+    (void)state;
+    struct pkv *kv = attach(&daemon_, 0), *other = attach(&daemon_, 0);
+    struct pkv_model *mine = open_code(kv, "neighbours");
+    struct pkv_seq *first = create(kv, mine, PKV_PERSISTENT), *last = create(kv, mine, PKV_PERSISTENT), *middle, *seen;
+    append(kv, first, 0, 0, 16), append(kv, last, 0, 0, 16);
+    middle = create(kv, mine, 0);
+    GOOD(other, pkv_seq_open(open_code(other, "neighbours"), pkv_seq_handle(first), &seen));
+    GOOD(other, pkv_seq_destroy(seen));
+    append(kv, middle, 0, 0, 1024);
+    append(kv, last, 0, 16, 1024 - 16);
+    struct selection want = selection(kv, middle, 0), got = selection(kv, last, 0);
+    assert_same(&want, &got);
+    assert_int_equal(pkv_append(first, 0, 1, keys[0], values), -ESTALE);
+    GOOD(kv, pkv_seq_destroy(last));
+    pkv_close(kv), pkv_close(other);
+}
+
 /* Feeds the second text until the daemon has what it asked for. */
 static void feed(struct pkv *kv, struct pkv_seq *seq)
 {
@@ -406,6 +447,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_kept),
         cmocka_unit_test(test_before_the_first),
+        cmocka_unit_test(test_forked_before_use),
+        cmocka_unit_test(test_destroyed_while_learning),
         cmocka_unit_test(test_recalibration),
         cmocka_unit_test(test_leaving_while_calibrating),
         cmocka_unit_test(test_death_while_signing),
