@@ -95,11 +95,19 @@ bool batch_busy(struct pkv_batch *b)
     return b->open || batch_oldest(b);
 }
 
+static int quiet(struct pkv_batch *b)
+{
+    int r = b->open ? -PKV_ERR_BUSY : batch_drain(b);
+    if (r && (b->open || batch_oldest(b)))
+        return r;
+    b->late = r; /* for the batch's own next call */
+    return 0;
+}
+
 int batch_quiet(struct pkv_model *m)
 {
     int r = 0;
     for (struct pkv_batch *b = m->kv->batches; b && !r; b = b->next)
-        if (b->model == m)
-            r = b->open ? -PKV_ERR_BUSY : (b->late = batch_drain(b)) && batch_oldest(b) ? b->late : 0;
+        r = b->model == m ? quiet(b) : 0;
     return r;
 }

@@ -441,6 +441,33 @@ static void test_lost_device(void **state)
     start_with("16M");
 }
 
+/* A step that does not end holds up sequences that are to turn to their model's first state: who waits gets the bound, and the
+ * loss of the device at once. */
+static void test_lost_while_turning(void **state)
+{
+    (void)state;
+    struct pkv *kv = attach_for(300), *other = attach(&daemon_, 0);
+    struct pkv_model_desc desc = described("turning");
+    struct pkv_model *mine, *theirs;
+    GOOD(kv, pkv_model_open(kv, &desc, &mine));
+    GOOD(other, pkv_model_open(other, &desc, &theirs));
+    struct pkv_seq *seq = create(kv, mine, 40, 0);
+    float out[QUERY], lse[Q_HEADS];
+    struct pkv_batch *batch = batch_of(kv, seq);
+    faults->steps_hang = 1;
+    GOOD(kv, step(batch, k + 40 * ROW, v + 40 * ROW, q, out, lse, 0, 0));
+    for (int i = 0; i < 8; i++) /* all that `sign` learns from */
+        GOOD(other, pkv_seq_close(create(other, theirs, 600, 0)));
+    assert_int_equal(pkv_model_settle(mine), -ETIMEDOUT);
+    faults->lost = 1;
+    assert_int_equal(pkv_model_settle(mine), -ENOTRECOVERABLE);
+    assert_int_equal(pkv_batch_close(batch), -ENOTRECOVERABLE);
+    pkv_close(kv), pkv_close(other);
+    test_daemon_kill(&daemon_);
+    faults->lost = faults->steps_hang = 0;
+    start_with("16M");
+}
+
 static void test_death_of_the_daemon(void **state)
 {
     (void)state;
@@ -477,8 +504,9 @@ int main(void)
         cmocka_unit_test(test_streams_that_hang),
         cmocka_unit_test(test_places_wait_for_steps),
         cmocka_unit_test(test_lost_device),
+        cmocka_unit_test(test_lost_while_turning),
     };
     const char *backend = getenv("PIVOTKV_TEST_BACKEND");
-    size_t count = sizeof(tests) / sizeof(tests[0]) - (backend && !strcmp(backend, "cuda") ? 0 : 3);
+    size_t count = sizeof(tests) / sizeof(tests[0]) - (backend && !strcmp(backend, "cuda") ? 0 : 4);
     return _cmocka_run_group_tests("batch", tests, count, start, stop);
 }
