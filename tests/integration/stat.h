@@ -22,6 +22,23 @@ static inline json_t *stat_json(const struct test_daemon *d, const char *verb)
     return o;
 }
 
+/* The number of the state that a sequence's signatures are made with, as ls says it; UINT64_MAX: ls does not have it. */
+static inline uint64_t stat_state(const struct test_daemon *d, uint64_t seq)
+{
+    char handle[32];
+    json_t *o = stat_json(d, "ls"), *s;
+    uint64_t state = UINT64_MAX;
+    size_t i;
+    snprintf(handle, sizeof(handle), "0x%016llx", (unsigned long long)seq);
+    json_array_foreach(json_object_get(o, "sequences"), i, s)
+    {
+        if (!strcmp(json_string_value(json_object_get(s, "seq")), handle))
+            state = (uint64_t)json_integer_value(json_object_get(s, "state"));
+    }
+    json_decref(o);
+    return state;
+}
+
 /* A number of stat: stat_number(d, "totals", "samples"). */
 static inline uint64_t stat_number(const struct test_daemon *d, const char *group, const char *name)
 {

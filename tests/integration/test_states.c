@@ -102,18 +102,7 @@ static void assert_same(const struct selection *a, const struct selection *b)
 
 static uint64_t state_of(const struct pkv_seq *seq)
 {
-    char handle[32];
-    json_t *o = stat_json(&daemon_, "ls"), *s;
-    uint64_t state = UINT64_MAX;
-    size_t i;
-    snprintf(handle, sizeof(handle), "0x%016llx", (unsigned long long)pkv_seq_handle(seq));
-    json_array_foreach(json_object_get(o, "sequences"), i, s)
-    {
-        if (!strcmp(json_string_value(json_object_get(s, "seq")), handle))
-            state = (uint64_t)json_integer_value(json_object_get(s, "state"));
-    }
-    json_decref(o);
-    return state;
+    return stat_state(&daemon_, pkv_seq_handle(seq));
 }
 
 /* A model keeps its calibration when all its workers have left: the next one's sequences have it from the first token. */
