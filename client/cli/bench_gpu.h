@@ -52,6 +52,7 @@ struct text {
 #define EVERY_PIECE UINT32_MAX
 
 bool bench_good(struct pkv *kv, int r); /* says why not */
+bool text_model(struct text *t);        /* opens the model of its layers and bits, on t->kv */
 bool text_open(const struct lab *x, struct text *t);
 void text_close(struct text *t);
 bool text_batch(struct text *t, uint32_t queries, bool dense, uint64_t cache_bytes);

@@ -4,8 +4,8 @@
  *   attach_64g     a worker joins and has every chunk of its tenant at hand: connect, open a batch
  *   home           blocks going home to the arena, checksums included, against the pinned copy peak
  *   home_slowdown  a kernel that reads the device's memory, while they do
- *   upload         a prefill whose K and V lie in pinned memory of the CPU, against pinned copies while others go the other
- * way: what has come goes home at once */
+ *   upload         a prefill whose K and V lie in pinned memory of the CPU, against pinned copies
+ *                  while others go the other way: what has come goes home at once */
 #include "client/cli/bench_gpu.h"
 
 #include <string.h>
@@ -58,21 +58,10 @@ static void figure_attach(const struct lab *x, const struct text *t)
 {
     struct pkv_options o = {.size = sizeof(o), .threads = 1, .label = "bench", .timeout_ms = 60000};
     struct text mine = {.count = 1, .layers = t->layers, .tokens = PIECE, .bits = t->bits};
-    char name[32];
     double begin = bench_now();
     if (!bench_good(NULL, pkv_connect(x->socket, &o, &mine.kv)))
         return;
-    snprintf(name, sizeof(name), "bench %u x %u", t->layers, t->bits);
-    struct pkv_model_desc desc = {.size = sizeof(desc),
-                                  .layers = t->layers,
-                                  .q_heads = Q_HEADS,
-                                  .kv_heads = KV_HEADS,
-                                  .head_dim = DIM,
-                                  .type = PKV_TYPE_BF16,
-                                  .sig_bits = t->bits,
-                                  .name = name};
-    bool ok = bench_good(mine.kv, pkv_model_open(mine.kv, &desc, &mine.model)) &&
-              bench_good(mine.kv, pkv_seq_create(mine.model, PIECE, 0, "bench", &mine.seqs[0])) &&
+    bool ok = text_model(&mine) && bench_good(mine.kv, pkv_seq_create(mine.model, PIECE, 0, "bench", &mine.seqs[0])) &&
               text_batch(&mine, 1, false, 0);
     double seconds = bench_now() - begin;
     if (ok)

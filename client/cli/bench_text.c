@@ -73,7 +73,7 @@ void bench_settle(const struct lab *x)
     }
 }
 
-bool text_open(const struct lab *x, struct text *t)
+bool text_model(struct text *t)
 {
     char name[32];
     snprintf(name, sizeof(name), "bench %u x %u", t->layers, t->bits);
@@ -85,7 +85,12 @@ bool text_open(const struct lab *x, struct text *t)
                                   .type = PKV_TYPE_BF16,
                                   .sig_bits = t->bits,
                                   .name = name};
-    bool ok = bench_good(t->kv, pkv_model_open(t->kv, &desc, &t->model));
+    return bench_good(t->kv, pkv_model_open(t->kv, &desc, &t->model));
+}
+
+bool text_open(const struct lab *x, struct text *t)
+{
+    bool ok = text_model(t);
     for (uint32_t s = 0; s < t->count && ok; s++)
         ok = bench_good(t->kv, pkv_seq_create(t->model, t->tokens + PIECE, 0, "bench", &t->seqs[s]));
     ok = ok && prefill(x, t);
