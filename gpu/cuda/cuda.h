@@ -148,7 +148,7 @@ static inline int cuda_dense_only(const struct cuda_attend *a)
 }
 
 /* Words of a list in work.words: of biases and counts, of rows that another block attends, of results. */
-#define CUDA_COUNT_WORDS 112u
+#define CUDA_COUNT_WORDS 128u
 static inline PKV_HD uint64_t cuda_words(const struct cuda_attend *a)
 {
     uint64_t outputs = (uint64_t)pkv_geom_group(&a->geom) * a->geom.head_dim;

@@ -199,8 +199,8 @@ static __device__ __forceinline__ void stream_turns(const struct team_call &call
         stream_begin<2>(s, none, from, to);
 }
 
-/* From the query to the rows that this block attends, `count` in r. */
-template <typename T, uint32_t DIM, uint32_t SETS>
+/* From the query to the rows that this block attends, `count` in r. INTEGER: by the rules `sum` and `max`. */
+template <typename T, uint32_t DIM, uint32_t SETS, bool INTEGER>
 static __device__ __forceinline__ uint32_t select_rows(const struct team_call &call, struct team &t, struct team_shared *m,
                                                        struct team_rows *r, const struct span &span, const struct list_of &l,
                                                        uint32_t *count)
@@ -232,10 +232,10 @@ static __device__ __forceinline__ uint32_t select_rows(const struct team_call &c
     __syncthreads();
     stream_turns(call, s, early, s.depth);
     scan_part<SETS>(call, t, m, span, s, codes, addresses);
-    return choose(call, t, m, c, r, span, l, s, codes, count);
+    return choose<INTEGER>(call, t, m, c, r, span, l, s, codes, 0, count);
 }
 
-template <typename T, uint32_t DIM, uint32_t SETS>
+template <typename T, uint32_t DIM, uint32_t SETS, bool INTEGER>
 __global__ void __launch_bounds__(THREADS, 1) team_kernel(const __grid_constant__ struct team_call call)
 {
     extern __shared__ __align__(128) unsigned char shared[];
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(THREADS, 1) team_kernel(const __grid_constant_
         uint32_t per = (span.visible + t.size - 1) >> t.shift;
         begin = min(t.part * per, span.visible), count = min(per, span.visible - begin);
     } else {
-        k = select_rows<T, DIM, SETS>(call, t, m, r, span, l, &count);
+        k = select_rows<T, DIM, SETS, INTEGER>(call, t, m, r, span, l, &count);
         if (l.cached) {
             rows_claim(a, t, l, r, count, m->outcomes);
             __syncthreads();
@@ -288,7 +288,8 @@ __global__ void __launch_bounds__(THREADS, 1) team_kernel(const __grid_constant_
 }
 
 #else
-template <typename T, uint32_t DIM, uint32_t SETS> __global__ void team_kernel(const __grid_constant__ struct team_call call)
+template <typename T, uint32_t DIM, uint32_t SETS, bool INTEGER>
+__global__ void team_kernel(const __grid_constant__ struct team_call call)
 {
     /* never launched: no words of 128 bits (cuda_team_preload) */
 }
@@ -316,7 +317,7 @@ extern "C" uint32_t cuda_team_size(const struct cuda_attend *a, uint32_t process
 
 template <typename T, uint32_t DIM> static void (*kernel_of_group(uint32_t group))(const struct team_call)
 {
-    return group <= 4 ? team_kernel<T, DIM, 1> : team_kernel<T, DIM, 2>;
+    return group <= 4 ? team_kernel<T, DIM, 1, false> : team_kernel<T, DIM, 2, false>;
 }
 
 template <typename T> static void (*kernel_of_dim(uint32_t dim, uint32_t group))(const struct team_call)

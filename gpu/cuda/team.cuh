@@ -32,9 +32,9 @@ struct team {
 /* Where each kind of word begins. Counts are suffix counts: word i of a kind has those at 2 i, 2 i + 1 and 2 i + 2. */
 #define WINDOW_WORDS (WINDOW / 2) /* of a block: of codes from the window's first on */
 #define COARSE_WORDS 32u          /* of every 32nd code */
-#define FINE_WORDS   16u          /* of the 32 codes of a bucket */
+#define FINE_WORDS   16u          /* of the 32 codes of a bucket; again of the low bits of codes that are not counted whole */
 #define BIAS_WORDS   32u          /* shares of the biases: of four warps, eight heads */
-static_assert(BIAS_WORDS + WINDOW_WORDS + COARSE_WORDS + FINE_WORDS == CUDA_COUNT_WORDS, "cuda_words() counts them");
+static_assert(BIAS_WORDS + WINDOW_WORDS + COARSE_WORDS + 2 * FINE_WORDS == CUDA_COUNT_WORDS, "cuda_words() counts them");
 static __device__ __forceinline__ struct word *bias_words(const struct team &t)
 {
     return t.words;
@@ -51,9 +51,13 @@ static __device__ __forceinline__ struct word *fine_words(const struct team &t)
 {
     return coarse_words(t) + t.size * COARSE_WORDS;
 }
-static __device__ __forceinline__ struct word *row_words(const struct team &t)
+static __device__ __forceinline__ struct word *low_words(const struct team &t)
 {
     return fine_words(t) + t.size * FINE_WORDS;
+}
+static __device__ __forceinline__ struct word *row_words(const struct team &t)
+{
+    return low_words(t) + t.size * FINE_WORDS;
 }
 static __device__ __forceinline__ struct word *result_words(const struct team &t, uint32_t k)
 {

@@ -104,7 +104,9 @@ static __device__ __noinline__ void threshold_search(const struct team t, struct
 
 /* ---- rows ---- */
 
-#define GUESS_LOW 4u /* codes below the step before's threshold that count as reaching it */
+/* Codes below the step before's threshold that count as reaching it: an eighth of an octave, or where codes are integers, of
+ * which many tokens have the same, one. */
+#define GUESS_LOW(integer) ((integer) ? 1u : 4u)
 
 static __device__ __noinline__ uint64_t row_cached(const struct cuda_attend &a, const struct list_of l, uint32_t token,
                                                    uint64_t address, uint32_t *outcomes)
@@ -183,6 +185,38 @@ static __device__ __forceinline__ uint32_t group_token(const uint16_t *codes, co
     return i + lane / 8 < found ? codes[*ret_token] : 0;
 }
 
+/* Codes have low bits that were not counted, and the plan is of the others: each block counts the low bits of those that share
+ * the threshold's, and sends how many have at least each whole code. `groups`: this warp's `found` that have some. */
+static __device__ __noinline__ void threshold_refine(const struct team t, struct team_shared *m, struct choose_memory *c,
+                                                     const uint16_t *codes, const uint16_t *groups, uint32_t found, uint32_t k,
+                                                     uint32_t most)
+{
+    uint32_t upper = m->plan.code, above = m->counts[upper + 1], *low = c->all.coarse;
+    if (threadIdx.x < WARP)
+        low[threadIdx.x] = 0;
+    __syncthreads();
+#pragma unroll 1
+    for (uint32_t i = t.lane; i < found * 8; i += WARP) {
+        uint32_t code = codes[groups[i / 8] * 8u + i % 8];
+        if (code && code >> CODE_LOW_BITS == upper)
+            atomicAdd(low + code % WARP, 1u);
+    }
+    __syncthreads();
+    if (t.warp == 0) {
+        uint32_t sum = low[t.lane];
+#pragma unroll
+        for (uint32_t s = 1; s < WARP; s *= 2) {
+            uint32_t other = __shfl_down_sync(ALL_LANES, sum, s);
+            sum += t.lane + s < WARP ? other : 0;
+        }
+        sum += above;
+        uint32_t next = __shfl_down_sync(ALL_LANES, sum, 1), third = __shfl_down_sync(ALL_LANES, sum, 2);
+        if (t.lane % 2 == 0)
+            put_word(t, low_words(t) + t.part * FINE_WORDS + t.lane / 2, sum, next, t.lane < 30 ? third : above);
+    }
+    threshold_find(t, m, low_words(t), FINE_WORDS, upper << CODE_LOW_BITS, 1, k, most);
+}
+
 /* The tokens that this part has chosen, in their order: to the block's rows, behind its `ends`, or to the words where others
  * find them. `groups`: this warp's `found` that have some. */
 static __device__ __forceinline__ void rows_write(const struct team_call &call, const struct team &t, const struct list_of &l,
@@ -235,11 +269,13 @@ static __device__ __noinline__ uint32_t budget_take(const struct cuda_attend &a,
     return c->k;
 }
 
-/* Returns how many are chosen beside the ends; r has `count` rows for this block then. */
+/* Returns how many are chosen beside the ends; r has `count` rows for this block then. low_bits: of codes, that are not
+ * counted. */
+template <bool INTEGER>
 static __device__ __forceinline__ uint32_t choose(const struct team_call &call, struct team &t, struct team_shared *m,
                                                   struct choose_memory *c, struct team_rows *r, const struct span &span,
                                                   const struct list_of &l, const struct stream &s, const uint16_t *codes,
-                                                  uint32_t *count)
+                                                  uint32_t low_bits, uint32_t *count)
 {
     const struct cuda_attend &a = call.a;
     uint32_t k = a.policy.k, tokens = (s.end - s.begin) * PKV_BLOCK_TOKENS;
@@ -261,16 +297,18 @@ static __device__ __forceinline__ uint32_t choose(const struct team_call &call, 
         uint32_t last = min(first + per, tokens), most = call.most;
         uint16_t *groups = choose_groups(c) + first / 8;
         /* What reached the threshold of the step before will mostly reach this one's: found while others' counts come. */
-        uint32_t guess = t.window ? t.window + WINDOW / 2 - GUESS_LOW : 2048;
+        uint32_t guess = (t.window ? t.window + WINDOW / 2 - GUESS_LOW(INTEGER) : 2048) << low_bits;
         uint32_t found = groups_take(codes, first, last, t.lane, guess, groups);
         threshold_find(t, m, window_words(t), WINDOW_WORDS, t.window, 1, k, most);
         if (!m->plan.found)
             threshold_search(t, m, k, most);
-        if (m->plan.code < guess)
-            found = groups_take(codes, first, last, t.lane, m->plan.code, groups);
+        if (m->plan.code << low_bits < guess)
+            found = groups_take(codes, first, last, t.lane, m->plan.code << low_bits, groups);
+        if (INTEGER && low_bits)
+            threshold_refine(t, m, c, codes, groups, found, k, most);
         rows_write(call, t, l, m, c, r, codes, groups, found, s.begin, ends, span.first);
         if (t.part == 0 && threadIdx.x == 0)
-            *t.hint = m->plan.code;
+            *t.hint = m->plan.code >> low_bits;
         uint32_t at = ends + m->plan.keep, take = m->plan.take;
         for (uint32_t i = threadIdx.x; i < take; i += THREADS) {
             struct word w = take_word(t, row_words(t) + m->plan.take_first + i);
