@@ -16,7 +16,7 @@ int gpu_scheme_open(uint32_t kind, const struct pkv_geom *geom, const char *path
         return -(int)e;
     /* `sign` and `code` have their weights in a file or learn them; the others need a file. */
     if (!path && kind != PKV_SCHEME_SIGN && kind != PKV_SCHEME_CODE && kind != PKV_SCHEME_NONE)
-        return -PKV_ERR_UNSUPPORTED;
+        return -PKV_ERR_FILE_NEEDED;
     if (path && kind == PKV_SCHEME_NONE)
         return -PKV_ERR_FILE_SCHEME;
     struct gpu_scheme *s = calloc(1, sizeof(*s));

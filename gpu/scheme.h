@@ -74,7 +74,7 @@ void scheme_changed(struct gpu_scheme *scheme);
 int scheme_sign_open(struct gpu_scheme *scheme);
 bool scheme_sign_observe(struct gpu_scheme *scheme, const struct gpu_observation *observation);
 extern const struct scheme_verbs scheme_sign_verbs, scheme_code_verbs, scheme_learn_verbs;
-/* scheme_learn.c: `code` that calibrates itself. -PKV_ERR_UNSUPPORTED: built without LAPACK. */
+/* scheme_learn.c: `code` that calibrates itself. -PKV_ERR_LAPACK: built without it. */
 int scheme_learn_open(struct gpu_scheme *scheme);
 void scheme_learn_observe(struct gpu_scheme *scheme, const struct gpu_observation *observation);
 void scheme_moments_free(struct gpu_scheme *scheme);

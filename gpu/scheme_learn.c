@@ -289,7 +289,7 @@ void scheme_moments_free(struct gpu_scheme *s)
 int scheme_learn_open(struct gpu_scheme *s)
 {
     (void)s;
-    return -PKV_ERR_UNSUPPORTED; /* built without LAPACK */
+    return -PKV_ERR_LAPACK;
 }
 
 #endif

@@ -57,6 +57,8 @@
     X(FILE_GEOMETRY, EMEDIUMTYPE, "the weights file is for a model with other layers, heads or head_dim: make one for this") \
     X(FILE_BITS, EMEDIUMTYPE, "the weights file makes signatures of another size: open the model with the file's bits")      \
     X(FILE_OPEN, ENOENT, "the weights file cannot be opened: check the path and its permissions")                            \
+    X(FILE_NEEDED, EDESTADDRREQ, "this signature scheme needs a file of weights: convert or train one, or use code")         \
+    X(LAPACK, EOPNOTSUPP, "this build has no LAPACK, so code cannot calibrate itself: give a file, or build with OpenBLAS")  \
     X(UNSUPPORTED, EOPNOTSUPP, "this build or backend cannot do that")                                                       \
     X(SERVED_ONLY, EOPNOTSUPP, "the call needs the pool mapped: connect without PKV_CONNECT_SERVED")                         \
     X(BUSY, EBUSY, "the sequence has an operation in flight, or is shared: wait for it, or fork")                            \

@@ -92,7 +92,7 @@ int main(int argc, char **argv)
     struct pkv_geom geom = geom_of(&st, numbers[1]);
     int r = gpu_scheme_open(numbers[0], &geom, NULL, &s, digest);
     if (r)
-        return r == -PKV_ERR_UNSUPPORTED ? 77 : 2; /* built without LAPACK */
+        return r == -PKV_ERR_LAPACK ? 77 : 2;
     r = numbers[0] == PKV_SCHEME_CODE ? gpu_scheme_gather(s, strtof(argv[6], NULL), geom.head_dim, numbers[4]) : 0;
     r = r ? r : learn(s, &st, numbers[3], numbers[2]);
     if (!r)

@@ -254,7 +254,7 @@ static void test_refusals(void **state)
     uint8_t digest[PKV_DIGEST_BYTES];
     float w[4] = {0};
     struct test_tensor small = {"k.weight", 4, {1, 1, 2, 2}, w};
-    assert_int_equal(gpu_scheme_open(PKV_SCHEME_LINEAR, &geom, NULL, &scheme, digest), -PKV_ERR_UNSUPPORTED);
+    assert_int_equal(gpu_scheme_open(PKV_SCHEME_LINEAR, &geom, NULL, &scheme, digest), -PKV_ERR_FILE_NEEDED);
     assert_int_equal(gpu_scheme_open(PKV_SCHEME_HASH, &geom, "/nonexistent", &scheme, digest), -PKV_ERR_FILE_OPEN);
     assert_int_equal(gpu_scheme_open(99, &geom, NULL, &scheme, digest), -PKV_ERR_SCHEME);
     for (uint32_t kind = PKV_SCHEME_SIGN; kind <= PKV_SCHEME_HASH; kind++) {
