@@ -6,9 +6,11 @@
  *   attend, gather   exact attention in double precision over the device's list; rows byte for byte
  *   cache            rows that a second call finds in the row cache are the arena's, and the counters say how many
  *   graph            a captured call, replayed while its sequences grow over block borders, equals a fresh call
- * usage: check_cuda [SEED [CASES]] */
+ *   streams          calls of one launch each, in two streams at once beside one in stages, end, and give what each gives alone
+ * usage: check_cuda [SEED [CASES [ROUNDS of all streams]]]; a sanitizer takes long for many rounds */
 #include "tests/kernels/check_append.h"
 #include "tests/kernels/check_lists.h"
+#include "tests/kernels/check_streams.h"
 
 #include <inttypes.h>
 
@@ -219,6 +221,8 @@ int main(int argc, char **argv)
     table = gpu_cuda_table();
     MUST(table->version == CUDA_TABLE_VERSION && table->preload() == 0);
     MUST(gpu_open(&options, &gpu) == 0);
+    state = seed;
+    check_streams(gpu, argc > 3 ? (uint32_t)strtoul(argv[3], NULL, 0) : 100);
     for (uint64_t i = 0; i < cases; i++) {
         state = seed * 1000003 + i;
         printf("seed %" PRIu64 " case %" PRIu64 ": ", seed, i);
