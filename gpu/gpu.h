@@ -204,8 +204,7 @@ int gpu_attend(struct gpu *gpu, const struct gpu_attend_args *args);
 
 /* ---- signature schemes ---- */
 
-/* `path`: weights in safetensors, or NULL (`sign` and `none` need none, `code` calibrates itself). `ret_digest` of the file, zero
- * without one. */
+/* `path`: weights in safetensors; may be NULL for `sign`, `none` and `code`. `ret_digest` of the file, zero without one. */
 int gpu_scheme_open(uint32_t kind, const struct pkv_geom *geom, const char *path, struct gpu_scheme **ret,
                     uint8_t ret_digest[PKV_DIGEST_BYTES]);
 void gpu_scheme_close(struct gpu_scheme *scheme);
