@@ -7,13 +7,13 @@
  *   append_64                      one token for each of 64 sequences
  *   prefill, prefill_host          append in calls of 4096 tokens, two layers, bytes moved; the host's part of a step
  *   prefill_64k, _host             the same of 64K tokens in 32 layers
- *   scan_1m                        the scan of a synchronous call, bytes of signatures
  *   arena_1m, _80, _90, _trace     K and V in the arena; without a row cache, and with one that finds as many of a hundred
- * rows, or as many as of a real model's selections (tests/quality/locality.py) arena_rows, arena_rows_near    rows out of the
- * arena in a synchronous call, against a plain gather; neighbours dense_arena                    exact attention streamed out
- * of the arena, against the copy peak and the figures of bench_gpu_cost.c and bench_gpu_memory.c. The peer of the attend
- * figures is full attention: by --peer (a script that prints lines of {"batch", "tokens", "us": {..}}), else the time in which
- * the device can read K and V at its peak. */
+ *                                  rows, or as many as of a real model's selections (tests/quality/locality.py)
+ *   arena_rows, arena_rows_near    rows out of the arena in a synchronous call, against a plain gather; neighbours
+ *   dense_arena                    exact attention streamed out of the arena, against the copy peak
+ * and the figures of bench_gpu_scan.c, bench_gpu_cost.c and bench_gpu_memory.c. The peer of the attend figures is full
+ * attention: by --peer (a script that prints lines of {"batch", "tokens", "us": {..}}), else the time in which the device can
+ * read K and V at its peak. */
 #include "client/cli/bench_gpu.h"
 
 #include <stdlib.h>
@@ -88,37 +88,6 @@ static void figure_append(const struct lab *x, struct text *t)
     (void)text_batch_close(t);
 }
 
-/* A synchronous call with the queries of the lab's first call, `rounds` times: medians of what it says of itself. */
-static bool explained(const struct lab *x, struct text *t, double *ret_scan_ns, double *ret_attend_ns, double *ret_rows)
-{
-    enum { TIMES = 9 };
-    struct pkv_budget b = {.size = sizeof(b), .k = K, .sinks = SINKS, .recent = RECENT};
-    static uint16_t q[Q_HEADS * DIM];
-    static float out[Q_HEADS * DIM];
-    double scan[TIMES], attend[TIMES];
-    uint32_t one = 1;
-    if (gpu_device_copy_now(x->device, GPU_TO_HOST, (uintptr_t)q, (uintptr_t)x->q, sizeof(q)))
-        return false;
-    for (int i = -1; i < TIMES; i++) {
-        struct pkv_explain e = {0};
-        if (!bench_good(t->kv, pkv_attend(t->seqs, &one, 1, i < 0 ? 0 : (uint32_t)i % t->layers, q, &b, out, NULL, &e)))
-            return false;
-        scan[i < 0 ? 0 : i] = (double)e.scan_ns, attend[i < 0 ? 0 : i] = (double)e.attend_ns, *ret_rows = (double)e.rows_arena;
-    }
-    *ret_scan_ns = bench_median(scan, TIMES), *ret_attend_ns = bench_median(attend, TIMES);
-    return true;
-}
-
-static void figure_scan(const struct lab *x, struct text *t)
-{
-    double scan, attend, rows;
-    if (!fill_queries(x, 1, 0) || !explained(x, t, &scan, &attend, &rows))
-        return;
-    double rate = (double)t->tokens * KV_HEADS * t->bits / 8 / scan * 1e9;
-    bench_add(x->bench, &(struct figure){"scan_1m", "GB/s", "the read peak", rate * 1e-9, x->read_peak * 1e-9,
-                                         rate / x->read_peak, 0.83, true});
-}
-
 struct length {
     const char *name;
     uint32_t tokens, bits, count;
@@ -151,8 +120,6 @@ static void figures_resident(const struct lab *x, struct pkv *kv)
         if (text_open(x, &t)) {
             if (l->tokens == 1048576 && l->bits == 64) /* the second text: memory has been touched and mapped */
                 figure_prefill(x, &t, "prefill", "prefill_host");
-            if (l->tokens == 1048576 && l->bits == 128 && bench_wanted(x->bench, "scan_1m"))
-                figure_scan(x, &t);
             figure_attend(x, &t, l->name, l->goal);
             if (append)
                 figure_append(x, &t);
@@ -161,6 +128,7 @@ static void figures_resident(const struct lab *x, struct pkv *kv)
     }
     figure_layers(x, kv);
     figures_adversarial(x, kv);
+    figures_scan(x, kv);
 }
 
 static void figure_dense_arena(const struct lab *x, struct text *t)
@@ -255,7 +223,7 @@ static void figure_rows(const struct lab *x, struct text *t, const char *name, d
 {
     static double plain; /* of the run */
     double scan, attend, rows;
-    if (!bench_wanted(x->bench, name) || !fill_queries(x, 1, 0.05f) || !explained(x, t, &scan, &attend, &rows))
+    if (!bench_wanted(x->bench, name) || !fill_queries(x, 1, 0.05f) || !text_explained(x, t, &scan, &attend, &rows))
         return;
     if (plain == 0 && gpu_lab_gather(x->lab, (uint64_t)t->tokens * ROW_BYTES, (uint32_t)rows, 2 * DIM * 2, 1, &plain)) {
         bench_skip(x->bench, name, "no pinned memory for a plain gather");

@@ -42,7 +42,9 @@ struct text {
     struct pkv_model *model;
     struct pkv_batch *batch;
     uint32_t count, layers, tokens, bits;
-    const void *keys; /* instead of the lab's, in piece `keys_piece` or in all (EVERY_PIECE); NULL: never */
+    const char *weights; /* file of a `linear` scheme; NULL: `sign` */
+    bool hamming;        /* rule sum: with signs of the query, plain Hamming distances */
+    const void *keys;    /* instead of the lab's, in piece `keys_piece` or in all (EVERY_PIECE); NULL: never */
     uint32_t keys_piece;
     const char *source;     /* k and v of piece after piece, in memory that the device reads; NULL: the lab's */
     uint32_t source_pieces; /* then begin again */
@@ -68,6 +70,11 @@ void *text_graph(const struct lab *x, struct text *t, bool append, uint32_t *cal
 /* Median microseconds of a call in such a graph of CALLS; 0: it failed. */
 double text_timed(const struct lab *x, struct text *t, bool append);
 
+/* A synchronous call with the queries of the lab's first call, several times: medians of what it says of itself. */
+bool text_explained(const struct lab *x, struct text *t, double *ret_scan_ns, double *ret_attend_ns, double *ret_rows);
+
+/* bench_gpu_scan.c */
+void figures_scan(const struct lab *x, struct pkv *kv);
 /* bench_gpu_cost.c */
 void figures_adversarial(const struct lab *x, struct pkv *kv);
 void figure_prefill(const struct lab *x, const struct text *t, const char *name, const char *host_name);

@@ -17,6 +17,7 @@ bool text_batch(struct text *t, uint32_t queries, bool dense, uint64_t cache_byt
     struct pkv_budget budget = {.size = sizeof(budget), .k = K, .sinks = SINKS, .recent = RECENT, .dense = dense};
     struct pkv_batch_options o = {.size = sizeof(o), .queries = queries, .cache_bytes = cache_bytes};
     budget.dense_below = 16385;
+    budget.rule = t->hamming ? PKV_SUM : PKV_SOFTMAX_SUM;
     return bench_good(t->kv, pkv_batch_open(t->seqs, t->count, &budget, &o, &t->batch));
 }
 
@@ -76,14 +77,16 @@ void bench_settle(const struct lab *x)
 bool text_model(struct text *t)
 {
     char name[32];
-    snprintf(name, sizeof(name), "bench %u x %u", t->layers, t->bits);
+    snprintf(name, sizeof(name), "bench %u x %u%s", t->layers, t->bits, t->weights ? " linear" : "");
     struct pkv_model_desc desc = {.size = sizeof(desc),
                                   .layers = t->layers,
                                   .q_heads = Q_HEADS,
                                   .kv_heads = KV_HEADS,
                                   .head_dim = DIM,
                                   .type = PKV_TYPE_BF16,
+                                  .signature = t->weights ? PKV_LINEAR : PKV_SIGN,
                                   .sig_bits = t->bits,
+                                  .weights = t->weights,
                                   .name = name};
     return bench_good(t->kv, pkv_model_open(t->kv, &desc, &t->model));
 }
@@ -148,4 +151,24 @@ double text_timed(const struct lab *x, struct text *t, bool append)
         gpu_lab_graph_free(x->lab, graph);
     ok = bench_good(t->kv, pkv_batch_cancel(t->batch, stream)) && ok;
     return ok ? bench_median(us, ROUNDS) / calls : 0;
+}
+
+bool text_explained(const struct lab *x, struct text *t, double *ret_scan_ns, double *ret_attend_ns, double *ret_rows)
+{
+    enum { TIMES = 9 };
+    struct pkv_budget b = {.size = sizeof(b), .k = K, .sinks = SINKS, .recent = RECENT};
+    static uint16_t q[Q_HEADS * DIM];
+    static float out[Q_HEADS * DIM];
+    double scan[TIMES], attend[TIMES];
+    uint32_t one = 1;
+    if (gpu_device_copy_now(x->device, GPU_TO_HOST, (uintptr_t)q, (uintptr_t)x->q, sizeof(q)))
+        return false;
+    for (int i = -1; i < TIMES; i++) {
+        struct pkv_explain e = {0};
+        if (!bench_good(t->kv, pkv_attend(t->seqs, &one, 1, i < 0 ? 0 : (uint32_t)i % t->layers, q, &b, out, NULL, &e)))
+            return false;
+        scan[i < 0 ? 0 : i] = (double)e.scan_ns, attend[i < 0 ? 0 : i] = (double)e.attend_ns, *ret_rows = (double)e.rows_arena;
+    }
+    *ret_scan_ns = bench_median(scan, TIMES), *ret_attend_ns = bench_median(attend, TIMES);
+    return true;
 }
