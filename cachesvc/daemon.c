@@ -124,7 +124,9 @@ static int core_make(struct daemon *d)
                                  .arena_chunks = d->memory.count[PKV_TIER_ARENA],
                                  .pool_devices = d->devices.count,
                                  .chunk_bytes = d->memory.chunk_bytes,
-                                 .grant_timeout_ns = d->config.grant_timeout_ms * 1000000u};
+                                 .grant_timeout_ns = d->config.grant_timeout_ms * 1000000u,
+                                 .hold_ns = d->devices.count ? d->config.home_hold_ms * 1000000u : 0, /* else no link */
+                                 .hold_rate = d->config.home_hold_rate};
     d->core = core_create(&config, &(struct core_hooks){tables_alloc, tables_free, &d->tables});
     return d->core ? 0 : -ENOMEM;
 }

@@ -163,6 +163,7 @@ static void counters_refresh(struct daemon *d, const struct core_stats *s)
     d->counters.blocks_dropped = s->blocks_dropped;
     d->counters.blocks_freed = s->blocks_freed;
     d->counters.blocks_cow = s->blocks_cow;
+    d->counters.copies_held = s->copies_held;
     d->counters.grants_delayed = s->grants_delayed;
     d->counters.grants_refused = s->grants_refused;
 }
@@ -188,9 +189,9 @@ json_t *stats_stat(struct daemon *d)
     json_object_set_new(o, "arena", tier_json(d, &s, PKV_TIER_ARENA));
     json_object_set_new(o, "gpus", gpus_json(d));
     json_object_set_new(o, "pinned", number(__atomic_load_n(&d->memory.pins.done, __ATOMIC_ACQUIRE)));
-    json_object_set_new(
-        o, "blocks",
-        json_pack("{s:o, s:o, s:o}", "granted", number(s.granted), "sealed", number(s.sealed), "home", number(s.home)));
+    json_object_set_new(o, "blocks",
+                        json_pack("{s:o, s:o, s:o, s:o}", "granted", number(s.granted), "sealed", number(s.sealed), "held",
+                                  number(s.held), "home", number(s.home)));
     json_object_set_new(o, "sequences", number(s.seqs));
     json_object_set_new(o, "models", models);
     json_object_set_new(o, "workers", workers);

@@ -122,12 +122,15 @@ void block_retire(struct core *core, uint32_t id)
 {
     struct block *b = &core->blocks[id];
     assert(!b->holders);
+    if (b->held)
+        homing_drop(core, id);
     bool dying = b->going_home || b->pins || b->fills;
     core->dying += dying - b->dying;
     b->dying = dying;
     if (dying)
         return;
-    core->home_in_pool -= b->state == BLOCK_HOME && b->rows;
+    if (b->state == BLOCK_HOME && b->rows)
+        core->home_in_pool--, device_of(core, b->rows)->home_bytes -= b->row_bytes;
     if (b->rows)
         place_retire(core, b->rows);
     if (b->signatures)
@@ -145,10 +148,12 @@ static void emit_copy(struct core *core, uint32_t id, enum copy_kind kind, uint6
               &(struct core_action){.kind = CORE_COPY, .copy = id * COPY_KINDS + kind, .from = from, .to = to, .bytes = bytes});
 }
 
-static void copy_home(struct core *core, uint32_t id)
+void block_go_home(struct core *core, uint32_t id)
 {
     struct block *b = &core->blocks[id];
+    assert(b->state == BLOCK_SEALED && !b->going_home && !b->held);
     b->going_home = true;
+    device_of(core, b->rows)->flying++;
     emit_copy(core, id, COPY_HOME, b->rows, b->home, b->row_bytes);
 }
 
@@ -157,15 +162,16 @@ static void copied_home(struct core *core, uint32_t id, bool ok, uint64_t checks
     struct block *b = &core->blocks[id];
     assert(b->state == BLOCK_SEALED && b->going_home);
     b->going_home = false;
+    device_of(core, b->rows)->flying--;
     if (ok) {
         set_state(core, b, BLOCK_HOME);
-        core->home_in_pool++;
+        core->home_in_pool++, device_of(core, b->rows)->home_bytes += b->row_bytes;
         b->checksum = checksum;
         core->totals.blocks_home++;
     } else {
         core->totals.copies_failed++;
         if (++b->copies_failed < 2 && !b->dying)
-            copy_home(core, id);
+            block_go_home(core, id);
     }
     if (b->dying)
         block_retire(core, id);
@@ -217,7 +223,8 @@ void core_copied(struct core *core, uint32_t copy, bool ok, uint64_t checksum)
         copied_tail(core, copy / COPY_KINDS, ok);
 }
 
-enum pkv_err core_seal(struct core *core, uint32_t worker, uint64_t handle, uint32_t layer, uint32_t first, uint32_t count)
+enum pkv_err core_seal(struct core *core, uint64_t now_ns, uint32_t worker, uint64_t handle, uint32_t layer, uint32_t first,
+                       uint32_t count)
 {
     enum pkv_err e;
     struct seq *s = seq_find(core, worker, handle, &e);
@@ -236,7 +243,7 @@ enum pkv_err core_seal(struct core *core, uint32_t worker, uint64_t handle, uint
         uint32_t id = *seq_block(s, layer, i);
         assert(core->blocks[id].state == BLOCK_GRANTED);
         set_state(core, &core->blocks[id], BLOCK_SEALED);
-        copy_home(core, id);
+        homing_add(core, now_ns, id);
     }
     core->totals.blocks_sealed += count;
     s->sealed[layer] += count;

@@ -4,7 +4,7 @@
 struct core *core_create(const struct core_config *config, const struct core_hooks *hooks)
 {
     if (!config->pool_chunks || config->pool_devices > config->pool_chunks || config->pool_chunks > PKV_CHUNKS_MAX ||
-        !config->arena_chunks || config->arena_chunks > PKV_CHUNKS_MAX)
+        !config->arena_chunks || config->arena_chunks > PKV_CHUNKS_MAX || (config->hold_ns && !config->hold_rate))
         return NULL;
     struct core *core = calloc(1, sizeof(*core));
     if (!core)
@@ -15,8 +15,9 @@ struct core *core_create(const struct core_config *config, const struct core_hoo
     core->block_free = NONE;
     core->chunks[PKV_TIER_POOL] = malloc(config->pool_chunks * sizeof(struct chunk));
     core->chunks[PKV_TIER_ARENA] = malloc(config->arena_chunks * sizeof(struct chunk));
-    if (!core->chunks[PKV_TIER_POOL] || !core->chunks[PKV_TIER_ARENA]) {
-        free(core->chunks[PKV_TIER_POOL]), free(core->chunks[PKV_TIER_ARENA]), free(core);
+    core->devices = malloc(core->config.pool_devices * sizeof(*core->devices));
+    if (!core->chunks[PKV_TIER_POOL] || !core->chunks[PKV_TIER_ARENA] || !core->devices) {
+        free(core->chunks[PKV_TIER_POOL]), free(core->chunks[PKV_TIER_ARENA]), free(core->devices), free(core);
         return NULL;
     }
     places_init(core);

@@ -3,7 +3,8 @@
  *
  *   FREE --grant--> GRANTED --seal--> SEALED --copied--> HOME (pool copy) --drop--> HOME (arena only)
  *
- * A block's home in the arena is taken at grant, so that what is sealed can always go home. A fork shares sealed blocks by
+ * A block's home in the arena is taken at grant, so that what is sealed can always go home; its copy may give way to a
+ * prefill for a while (homing.c). A fork shares sealed blocks by
  * counting references; they lie at the same layer and index in every holder. A tail block that must be written again (fork,
  * truncate) is copied. Places that are given up are retired with the epoch of that moment and reused only after core_quiesce
  * has passed it: nothing moves under a reader.
@@ -36,6 +37,8 @@ struct core_config {
     uint32_t pool_devices;              /* 0 is 1: chunk c of the pool lies on device c % pool_devices */
     uint64_t chunk_bytes;
     uint64_t grant_timeout_ns;
+    uint64_t hold_ns;   /* a copy home gives way to a fast prefill for at most so long; 0: to none */
+    uint64_t hold_rate; /* bytes a second; a prefill is fast whose blocks are sealed faster */
 };
 
 struct core *core_create(const struct core_config *config, const struct core_hooks *hooks);
@@ -91,7 +94,10 @@ bool core_seq_fork(struct core *core, uint64_t now_ns, uint32_t worker, uint32_t
  * stays as it is. */
 bool core_seq_truncate(struct core *core, uint64_t now_ns, uint32_t worker, uint32_t tag, uint64_t handle, uint32_t layer,
                        uint64_t tokens, enum pkv_err *ret_err);
-enum pkv_err core_seal(struct core *core, uint32_t worker, uint64_t handle, uint32_t layer, uint32_t first, uint32_t count);
+/* Blocks [first, first + count) of a layer are full. Their copies home follow as actions, with hold_ns perhaps after a while.
+ */
+enum pkv_err core_seal(struct core *core, uint64_t now_ns, uint32_t worker, uint64_t handle, uint32_t layer, uint32_t first,
+                       uint32_t count);
 /* A copy is finished; `checksum` of what was copied. */
 void core_copied(struct core *core, uint32_t copy, bool ok, uint64_t checksum);
 
@@ -120,17 +126,18 @@ enum pkv_err core_seq_check(struct core *core, uint32_t worker, uint64_t handle)
 uint64_t core_epoch(const struct core *core);
 /* Every reader has entered epoch `epoch` or a later one, or reads nothing. */
 void core_quiesce(struct core *core, uint64_t now_ns, uint64_t epoch);
-/* Answers operations whose bound has passed. */
+/* Answers operations whose bound has passed, and starts copies home that have waited long enough. */
 void core_tick(struct core *core, uint64_t now_ns);
 uint64_t core_deadline(const struct core *core); /* of the next tick; UINT64_MAX: none */
 
 /* ---- looking ---- */
 
 struct core_stats {
-    uint64_t capacity[PKV_TIERS], used[PKV_TIERS], retired[PKV_TIERS];                             /* bytes */
-    uint32_t workers, seqs, granted, sealed, home;                                                 /* blocks by state, now */
+    uint64_t capacity[PKV_TIERS], used[PKV_TIERS], retired[PKV_TIERS]; /* bytes */
+    uint32_t workers, seqs, granted, sealed, home;                     /* blocks by state, now */
+    uint32_t held;                                                     /* of those sealed: they give way to a prefill */
     uint64_t blocks_granted, blocks_sealed, blocks_home, blocks_dropped, blocks_freed, blocks_cow; /* since the start */
-    uint64_t copies_failed, grants_delayed, grants_refused;
+    uint64_t copies_held, copies_failed, grants_delayed, grants_refused;
 };
 void core_stats(const struct core *core, struct core_stats *ret);
 

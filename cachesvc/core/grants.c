@@ -123,11 +123,12 @@ void core_tick(struct core *core, uint64_t now_ns)
         waiting_remove(core, i);
         answer(core, &w, w.missing);
     }
+    homing_turn(core, now_ns);
 }
 
 uint64_t core_deadline(const struct core *core)
 {
-    uint64_t next = UINT64_MAX;
+    uint64_t next = homing_deadline(core);
     for (uint32_t i = 0; i < core->waiting_count; i++)
         next = PKV_MIN(next, core->waiting[i].deadline_ns);
     return next;

@@ -13,6 +13,8 @@ void core_stats(const struct core *core, struct core_stats *ret)
     }
     ret->granted = core->by_state[BLOCK_GRANTED], ret->sealed = core->by_state[BLOCK_SEALED];
     ret->home = core->by_state[BLOCK_HOME];
+    for (uint32_t d = 0; d < core->config.pool_devices; d++)
+        ret->held += core->devices[d].held;
     for (uint32_t i = 0; i < core->seq_end; i++)
         ret->seqs += core->seqs[i].live;
     for (uint32_t w = 0; w < PKV_WORKERS_MAX; w++)
@@ -95,6 +97,9 @@ static const char *check_block(const struct core *core, uint32_t id, uint32_t se
     }
     if (b->dying && !b->going_home && !b->pins && !b->fills)
         return "a dying block waits for no copy";
+    if (b->held ? b->state != BLOCK_SEALED || b->going_home || b->dying
+                : b->state == BLOCK_SEALED && !b->going_home && b->copies_failed < 2)
+        return "a sealed block neither goes home nor waits for it";
     if (b->source != NONE && (core->blocks[b->source].state == BLOCK_FREE || !core->blocks[b->source].pins))
         return "a tail is copied from a block that is not pinned";
     return NULL;
@@ -153,6 +158,33 @@ static const char *check_chunks(const struct core *core, uint64_t owned)
     return retired != core->retired_count ? "a retired slot waits for no epoch" : NULL;
 }
 
+/* The counts of one device, and its queue of blocks that wait to go home. */
+static const char *check_device(const struct core *core, uint32_t device)
+{
+    const struct device *d = &core->devices[device];
+    struct device count = {.capacity = 0};
+    for (uint32_t c = device; c < core->chunk_count[PKV_TIER_POOL]; c += core->config.pool_devices) {
+        const struct chunk *chunk = &core->chunks[PKV_TIER_POOL][c];
+        count.capacity += core->config.chunk_bytes;
+        count.taken += (chunk->used + chunk->retired) * chunk->slot_bytes;
+    }
+    for (uint32_t i = 0; i < core->block_count; i++) {
+        const struct block *b = &core->blocks[i];
+        if (b->state == BLOCK_FREE || !b->rows || device_of(core, b->rows) != d)
+            continue;
+        count.home_bytes += b->state == BLOCK_HOME ? b->row_bytes : 0;
+        count.held += b->held, count.flying += b->going_home;
+    }
+    if (count.capacity != d->capacity || count.taken != d->taken || count.home_bytes != d->home_bytes ||
+        count.held != d->held || count.flying != d->flying)
+        return "a device's counts do not add up";
+    uint32_t queued = 0, before = NONE;
+    for (uint32_t i = d->first; i != NONE && queued <= d->held; before = i, i = core->blocks[i].next, queued++)
+        if (!core->blocks[i].held || core->blocks[i].before != before)
+            return "a block waits to go home in no order";
+    return queued != d->held || d->last != before || d->due > d->held ? "the queue of blocks that go home has a hole" : NULL;
+}
+
 static const char *check_blocks(const struct core *core, const uint32_t *seen)
 {
     uint64_t owned = 0;
@@ -168,6 +200,11 @@ static const char *check_blocks(const struct core *core, const uint32_t *seen)
         return "the count of blocks that can leave the pool is wrong";
     if (memcmp(by_state, core->by_state, sizeof(by_state)))
         return "the counts of blocks by state do not add up";
+    for (uint32_t d = 0; d < core->config.pool_devices; d++) {
+        const char *wrong = check_device(core, d);
+        if (wrong)
+            return wrong;
+    }
     return check_chunks(core, owned);
 }
 

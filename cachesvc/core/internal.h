@@ -26,7 +26,19 @@ struct block {
     uint32_t tenant, layer, index;   /* the same in every holder */
     uint64_t rows, signatures, home; /* places; rows 0: dropped; signatures 0: sig_bytes is 0 */
     uint64_t row_bytes, sig_bytes, checksum;
-    uint32_t next; /* free list */
+    uint32_t next, before; /* free list; blocks whose copies home wait */
+    bool held;             /* it is one of those */
+    uint64_t sealed_ns;
+};
+
+/* One of the devices over which the pool's chunks are spread; without a GPU, the pool. */
+struct device {
+    uint64_t capacity, taken; /* bytes of its chunks, and of slots that are not free */
+    uint64_t home_bytes;      /* rows of blocks that are home: room, if need be */
+    uint32_t first, last;     /* blocks whose copies home wait, the longest first; NONE */
+    uint32_t held, due;       /* how many; how many of them, from the first on, wait no longer */
+    uint32_t flying;          /* copies home under way */
+    uint64_t pace_ns, at_ns;  /* what was sealed would take so long at hold_rate; less what has passed, up to then */
 };
 
 struct chunk {
@@ -88,6 +100,7 @@ struct core {
     struct core_hooks hooks;
     struct chunk *chunks[PKV_TIERS];
     uint32_t chunk_count[PKV_TIERS], chunk_hint[PKV_TIERS][HINTS];
+    struct device *devices; /* [config.pool_devices] */
     struct block *blocks;
     uint32_t block_count, block_room, block_free, clock_hand;
     uint32_t by_state[BLOCK_STATES], dying;
@@ -140,6 +153,19 @@ void block_retire(struct core *core, uint32_t block);
 /* Starts the two copies of a tail block; the source is pinned until they end. */
 void block_unpin(struct core *core, uint32_t block);
 void block_fill(struct core *core, uint32_t block, uint32_t source);
+/* Starts the copy home of a sealed block. */
+void block_go_home(struct core *core, uint32_t block);
+
+/* homing.c: policy answers when, blocks.c copies. */
+/* A block has been sealed: its copy starts now or waits. */
+void homing_add(struct core *core, uint64_t now_ns, uint32_t block);
+/* Nobody holds it any more: it need not go home. */
+void homing_drop(struct core *core, uint32_t block);
+/* What a sequence has sealed is to be at home soon: its writer is gone, it stays. */
+void homing_hurry(struct core *core, uint32_t device);
+/* Starts what need not wait any longer. */
+void homing_turn(struct core *core, uint64_t now_ns);
+uint64_t homing_deadline(const struct core *core);
 
 /* residency.c: policy chooses, mechanism drops. */
 void make_room(struct core *core, const struct place_kind *kind);
@@ -177,6 +203,12 @@ static inline uint32_t *seq_block(const struct seq *s, uint32_t layer, uint32_t 
 static inline struct pkv_block_ref *seq_entry(const struct seq *s, uint32_t layer, uint32_t index)
 {
     return &pkv_table_layer(s->table, layer, s->blocks_max)[index];
+}
+
+/* Of a place in the pool. */
+static inline struct device *device_of(const struct core *core, uint64_t place)
+{
+    return &core->devices[pkv_place_chunk(place) % core->config.pool_devices];
 }
 
 static inline void publish(uint64_t *entry, uint64_t place)

@@ -8,6 +8,10 @@ void places_init(struct core *core)
     for (uint32_t tier = PKV_TIER_POOL; tier < PKV_TIERS; tier++)
         for (uint32_t c = 0; c < core->chunk_count[tier]; c++)
             core->chunks[tier][c] = (struct chunk){.tenant = NONE, .last_tenant = NONE};
+    for (uint32_t d = 0; d < core->config.pool_devices; d++)
+        core->devices[d] = (struct device){.first = NONE, .last = NONE};
+    for (uint32_t c = 0; c < core->config.pool_chunks; c++)
+        core->devices[c % core->config.pool_devices].capacity += core->config.chunk_bytes;
 }
 
 static void chunk_release(struct chunk *c)
@@ -29,7 +33,7 @@ void places_destroy(struct core *core)
         }
         free(core->chunks[tier]);
     }
-    free(core->retired);
+    free(core->retired), free(core->devices);
 }
 
 /* Gives an unassigned chunk to a tenant. Another tenant's former data goes with its memory, and only when nobody who had it
@@ -58,14 +62,18 @@ static bool chunk_assign(struct core *core, uint32_t tier, uint32_t index, uint3
     return true;
 }
 
-static uint64_t slot_take(struct chunk *c, uint32_t tier, uint32_t index, uint32_t block)
+static uint64_t slot_take(struct core *core, uint32_t tier, uint32_t index, uint32_t block)
 {
+    struct chunk *c = &core->chunks[tier][index];
     uint32_t slot = c->free_head;
     assert(slot < c->slots && c->owner[slot] == NONE);
     c->free_head = c->next[slot];
     c->owner[slot] = block;
     c->used++;
-    return pkv_place(tier, index, slot, ++c->gen[slot]);
+    uint64_t place = pkv_place(tier, index, slot, ++c->gen[slot]);
+    if (tier == PKV_TIER_POOL)
+        device_of(core, place)->taken += c->slot_bytes;
+    return place;
 }
 
 static bool on_device(const struct core *core, const struct place_kind *k, uint32_t chunk)
@@ -89,11 +97,11 @@ uint64_t place_take(struct core *core, const struct place_kind *k, uint32_t bloc
         if (chunks[i].free_head == NONE || !place_chunk_fits(core, k, i))
             continue;
         *hint = i;
-        return slot_take(&chunks[i], k->tier, i, block);
+        return slot_take(core, k->tier, i, block);
     }
     for (uint32_t i = 0; i < count; i++)
         if (chunks[i].tenant == NONE && on_device(core, k, i) && chunk_assign(core, k->tier, i, k->tenant, k->slot_bytes))
-            return slot_take(&chunks[i], k->tier, i, block);
+            return slot_take(core, k->tier, i, block);
     return 0;
 }
 
@@ -124,6 +132,8 @@ static void slot_free(struct core *core, uint64_t place)
     c->owner[slot] = NONE;
     c->next[slot] = c->free_head;
     c->free_head = slot, core->news++;
+    if (pkv_place_tier(place) == PKV_TIER_POOL)
+        device_of(core, place)->taken -= c->slot_bytes;
     if (!c->used && !c->retired)
         chunk_release(c);
 }

@@ -69,9 +69,9 @@ static void block_drop(struct core *core, uint32_t id)
     for (uint32_t i = 0; b->holders > 1 && i < core->seq_end; i++)
         if (holds(core, i, b, id))
             show_home(&core->seqs[i], b);
+    core->home_in_pool--, device_of(core, b->rows)->home_bytes -= b->row_bytes;
     place_retire(core, b->rows);
     b->rows = 0;
-    core->home_in_pool--;
     core->totals.blocks_dropped++;
 }
 

@@ -211,6 +211,7 @@ static void seq_orphan(struct core *core, uint32_t index)
             block_leave(core, index, l, i);
         s->granted[l] = s->sealed[l] = keep;
     }
+    homing_hurry(core, s->device);
     s->writer = NONE;
 }
 

@@ -137,9 +137,9 @@ int cli_stat(struct cli *cli)
     tier(s, "pool");
     tier(s, "arena");
     gpus(s);
-    printf("%-10s %llu being written, %llu on their way home, %llu home\n", "blocks",
+    printf("%-10s %llu being written, %llu on their way home (%llu give way to a prefill), %llu home\n", "blocks",
            (unsigned long long)format_number(blocks, "granted"), (unsigned long long)format_number(blocks, "sealed"),
-           (unsigned long long)format_number(blocks, "home"));
+           (unsigned long long)format_number(blocks, "held"), (unsigned long long)format_number(blocks, "home"));
     printf("%-10s %llu\n", "sequences", (unsigned long long)format_number(s, "sequences"));
     printf("%-10s %s resident (pool and arena included), heap %s\n", "memory", format_bytes(format_number(memory, "rss"), rss),
            format_bytes(format_number(memory, "heap"), heap));

@@ -55,7 +55,8 @@ static struct sequence seqs[SEQS];
 static struct core_action copies[COPIES];
 static uint32_t copy_count, model[MODELS], devices;
 static uint64_t waiting, answered, seen_home, seen_full, seen_arena_full, seen_dropped;
-static uint64_t seen_held, seen_moved, seen_forks, seen_bare, seen_cuts, seen_cow, seen_cow_failed;
+static uint64_t seen_kept, seen_moved, seen_forks, seen_bare, seen_cuts, seen_cow, seen_cow_failed;
+static uint64_t seen_held; /* blocks whose copies home waited */
 static struct core *core;
 
 static uint32_t below(uint32_t n)
@@ -186,7 +187,7 @@ static void walk_copies(void)
                 bool equal = copy->rows == refs[b].rows && copy->signatures == refs[b].signatures;
                 if (copy->rows && same && !equal)
                     fail("an entry changed and its table did not say so");
-                seen_held += copy->rows && same;
+                seen_kept += copy->rows && same;
                 seen_moved += copy->rows && !equal;
                 if (!same || !copy->rows)
                     *copy = refs[b];
@@ -244,9 +245,9 @@ static void event_seal(struct reader *w, struct sequence *s)
 {
     uint32_t layer = below(LAYERS), first = below(BLOCKS);
     for (uint32_t f = 0; below(4) && f < BLOCKS; f++) /* mostly the right one */
-        if (core_seal(core, w->id, s->handle, layer, f, 1 + below(2)) == PKV_ERR_OK)
+        if (core_seal(core, now, w->id, s->handle, layer, f, 1 + below(2)) == PKV_ERR_OK)
             return;
-    core_seal(core, w->id, s->handle, layer, first, below(5));
+    core_seal(core, now, w->id, s->handle, layer, first, below(5));
 }
 
 static void event_copied(void)
@@ -310,6 +311,11 @@ static void event_quiesce(void)
         if (workers[w].reads && workers[w].epoch < epoch)
             epoch = workers[w].epoch;
     core_quiesce(core, now, epoch);
+    struct core_stats stats;
+    core_stats(core, &stats);
+    seen_held += stats.held;
+    if (stats.held && core_deadline(core) <= now)
+        fail("a copy home waits longer than it may");
 }
 
 static void event(void)
@@ -363,7 +369,9 @@ static void start(uint64_t seed)
                                  .arena_chunks = ARENA,
                                  .pool_devices = 1 + below(2),
                                  .chunk_bytes = CHUNK_BYTES,
-                                 .grant_timeout_ns = 20000};
+                                 .grant_timeout_ns = 20000,
+                                 .hold_ns = below(3) ? 1000 + below(20000) : 0,
+                                 .hold_rate = below(2) ? 2047000 : 100000}; /* a block alone is just fast, or very */
     devices = config.pool_devices;
     core = core_create(&config, &(struct core_hooks){table_alloc, table_free, NULL});
     if (!core)
@@ -412,7 +420,10 @@ int main(int argc, char **argv)
     printf("%" PRIu64 " events, %" PRIu64 " grants waited, %" PRIu64 " answered late, %" PRIu64 " of them refused, %" PRIu64
            " met a full arena, %" PRIu64 " blocks dropped\n",
            seeds * events, waiting, answered, seen_full, seen_arena_full, seen_dropped);
-    if (!seen_held || !seen_moved || !waiting || !seen_full || !seen_arena_full || !seen_dropped || !seen_home || !seen_forks ||
+    printf("%" PRIu64 " times a copy home was seen to wait\n", seen_held);
+    if (!seen_held)
+        fail("no copy home has waited");
+    if (!seen_kept || !seen_moved || !waiting || !seen_full || !seen_arena_full || !seen_dropped || !seen_home || !seen_forks ||
         !seen_bare || !seen_cuts || !seen_cow || !seen_cow_failed)
         fail("the events reached too little: this run proves nothing");
     return 0;

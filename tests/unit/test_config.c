@@ -25,6 +25,8 @@ static void test_defaults(void **state)
     assert_int_equal(config.pool_bytes, 1ull << 30);
     assert_int_equal(config.arena_bytes, 4ull << 30);
     assert_int_equal(config.populate, 1);
+    assert_int_equal(config.home_hold_ms, 1000);
+    assert_int_equal(config.home_hold_rate, 8ull << 30);
     assert_int_equal(config.audit_ppm, 5000);
     assert_int_equal(config.audit_alarm_ppm, 250000);
     assert_int_equal(config.io, CONFIG_IO_AUTO);

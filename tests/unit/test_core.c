@@ -86,7 +86,7 @@ static void test_life_of_a_block(void **state)
         assert_int_equal(pkv_place_tier(refs[b].rows), PKV_TIER_POOL);
     assert_int_equal(refs[10].rows, 0);
     assert_int_equal(t->changes, 0); /* nothing that was there before */
-    assert_int_equal(core_seal(core, alice, h, 0, 0, 9), PKV_ERR_OK);
+    assert_int_equal(core_seal(core, 0, alice, h, 0, 0, 9), PKV_ERR_OK);
     assert_int_equal(copy_all(true), 9);
     /* 16 row slots beside the signatures: six more fit, the seventh waits for dropped copies. */
     enum pkv_err e = PKV_ERR_OK;
@@ -134,7 +134,7 @@ static void test_full_arena(void **state)
     uint64_t h = create(20, 0, &t);
     assert_int_equal(grant(h, 0, 4), PKV_ERR_OK);
     assert_int_equal(grant(h, 0, 5), PKV_ERR_ARENA_FULL);
-    assert_int_equal(core_seal(core, alice, h, 0, 0, 4), PKV_ERR_OK); /* what was granted still goes home */
+    assert_int_equal(core_seal(core, 0, alice, h, 0, 0, 4), PKV_ERR_OK); /* what was granted still goes home */
     assert_int_equal(copy_all(true), 4);
 }
 
@@ -156,10 +156,10 @@ static void test_refusals(void **state)
     assert_int_equal(core_seq_open(core, eve, h, &tokens, &table), PKV_ERR_NO_SEQ);
     assert_int_equal(grant(h, 0, 5), PKV_ERR_LENGTH);
     assert_int_equal(grant(h, LAYERS, 1), PKV_ERR_INVALID);
-    assert_int_equal(core_seal(core, alice, h, 0, 0, 1), PKV_ERR_NOT_GRANTED);
-    assert_int_equal(core_seal(core, alice, h, 0, UINT32_MAX, 2), PKV_ERR_NOT_GRANTED);
+    assert_int_equal(core_seal(core, 0, alice, h, 0, 0, 1), PKV_ERR_NOT_GRANTED);
+    assert_int_equal(core_seal(core, 0, alice, h, 0, UINT32_MAX, 2), PKV_ERR_NOT_GRANTED);
     assert_int_equal(grant(h, PKV_LAYER_ALL, 2), PKV_ERR_OK);
-    assert_int_equal(core_seal(core, alice, h, 1, 1, 1), PKV_ERR_NOT_GRANTED);
+    assert_int_equal(core_seal(core, 0, alice, h, 1, 1, 1), PKV_ERR_NOT_GRANTED);
     assert_int_equal(core_chunk_map(core, eve, PKV_TIER_POOL, 0), PKV_ERR_TENANT);
     assert_int_equal(core_chunk_map(core, alice, PKV_TIER_POOL, 0), PKV_ERR_OK);
     assert_int_equal(core_chunk_map(core, alice, PKV_TIER_POOL, PKV_CHUNKS_MAX), PKV_ERR_RANGE);
@@ -179,8 +179,8 @@ static void test_death_of_a_worker(void **state)
     create(4, 0, &t);
     uint64_t h = create(4, PKV_SEQ_PERSISTENT, &kept), tokens, table;
     assert_int_equal(grant(h, PKV_LAYER_ALL, 3), PKV_ERR_OK);
-    assert_int_equal(core_seal(core, alice, h, 0, 0, 2), PKV_ERR_OK);
-    assert_int_equal(core_seal(core, alice, h, 1, 0, 1), PKV_ERR_OK);
+    assert_int_equal(core_seal(core, 0, alice, h, 0, 0, 2), PKV_ERR_OK);
+    assert_int_equal(core_seal(core, 0, alice, h, 1, 0, 1), PKV_ERR_OK);
     core_worker_leave(core, alice); /* copies are in flight */
     struct core_stats stats;
     core_stats(core, &stats);
@@ -205,7 +205,7 @@ static void test_failed_copy_is_tried_once_more(void **state)
     struct pkv_table *t;
     uint64_t h = create(4, 0, &t);
     assert_int_equal(grant(h, 0, 1), PKV_ERR_OK);
-    assert_int_equal(core_seal(core, alice, h, 0, 0, 1), PKV_ERR_OK);
+    assert_int_equal(core_seal(core, 0, alice, h, 0, 0, 1), PKV_ERR_OK);
     assert_int_equal(copy_all(false), 2);
     struct core_stats stats;
     core_stats(core, &stats);
@@ -274,7 +274,7 @@ static uint64_t text(uint32_t blocks, struct pkv_table **ret)
     uint64_t h = create(20, 0, ret);
     assert_int_equal(grant(h, PKV_LAYER_ALL, blocks + 1), PKV_ERR_OK);
     for (uint32_t l = 0; l < LAYERS; l++)
-        assert_int_equal(core_seal(core, alice, h, l, 0, blocks), PKV_ERR_OK);
+        assert_int_equal(core_seal(core, 0, alice, h, l, 0, blocks), PKV_ERR_OK);
     assert_int_equal(copy_all(true), blocks * LAYERS);
     return h;
 }
@@ -366,11 +366,11 @@ static void test_truncate(void **state)
     assert_int_equal(refs[2].rows, sealed); /* the tail stays until its copy is in */
     enum pkv_err busy = grant(h, 0, 4);
     assert_int_equal(busy, PKV_ERR_BUSY);
-    assert_int_equal(core_seal(core, alice, h, 0, 2, 1), PKV_ERR_BUSY);
+    assert_int_equal(core_seal(core, 0, alice, h, 0, 2, 1), PKV_ERR_BUSY);
     assert_true(carry_out(true, &a));
     assert_int_equal(a.tag, 2);
     assert_int_not_equal(refs[2].rows, sealed);
-    assert_int_equal(core_seal(core, alice, h, 0, 2, 1), PKV_ERR_OK); /* and is written and sealed again */
+    assert_int_equal(core_seal(core, 0, alice, h, 0, 2, 1), PKV_ERR_OK); /* and is written and sealed again */
     carry_out(true, &a);
     /* One layer alone, and what is refused. */
     assert_true(core_seq_truncate(core, 0, alice, 3, h, 1, 0, &e));
@@ -428,8 +428,8 @@ static void test_states(void **state)
     assert_int_equal(core_seq_signed(core, alice, handle, 4), PKV_ERR_STATE_EXISTS);
     assert_int_equal(grant(handle, 0, 1), PKV_ERR_OK);
     assert_int_equal(grant(handle, 1, 1), PKV_ERR_OK);
-    assert_int_equal(core_seal(core, alice, handle, 0, 0, 1), PKV_ERR_OK);
-    assert_int_equal(core_seal(core, alice, handle, 1, 0, 1), PKV_ERR_OK);
+    assert_int_equal(core_seal(core, 0, alice, handle, 0, 0, 1), PKV_ERR_OK);
+    assert_int_equal(core_seal(core, 0, alice, handle, 1, 0, 1), PKV_ERR_OK);
     whole.tokens = PKV_BLOCK_TOKENS;
     uint64_t child;
     assert_true(core_seq_fork(core, 0, alice, 1, handle, &whole, &e, &child, &table));
