@@ -66,11 +66,10 @@ static bool prefill(const struct lab *x, struct text *t)
 
 void bench_settle(const struct lab *x)
 {
-    uint64_t before = UINT64_MAX, now = 0;
-    for (int i = 0; i < 200 && now != before; i++) {
-        before = now;
-        usleep(200000);
-        now = bench_total(x->socket, "counters", "copy_bytes");
+    uint64_t sealed = 1;
+    for (int i = 0; i < 4000 && sealed; i++) {
+        usleep(10000);
+        sealed = bench_total(x->socket, "blocks", "sealed");
     }
 }
 
