@@ -133,52 +133,58 @@ static __device__ __forceinline__ void code_put(uint32_t code, uint32_t token, u
         atomicAdd(counts + (code >> low_bits), 1u);
 }
 
-/* Codes of the part's tokens to codes, and their counts, by all but the low bits; the stream has begun. load(at): what this
- * lane needs of 32 tokens, of whose first word (of lane / 4 x 4 + 0..3) its own lies at `at` in shared memory; code(loaded): of
- * token lane. */
-template <uint32_t COPIES, typename F, typename L, typename C>
-static __device__ __forceinline__ void scan_blocks(struct stream &s, const struct span &span, uint32_t words, uint16_t *codes,
-                                                   uint32_t *counts, uint32_t low_bits, const F &addresses, const L &load,
-                                                   const C &code)
+/* Where in a block this lane's first code is; the second one is PAIRED: of the next token, else of the token 32 on. */
+template <uint32_t COPIES, bool PAIRED> static __device__ __forceinline__ uint32_t own_token(uint32_t lane)
 {
-    constexpr uint32_t BLOCKS = turn_blocks<COPIES>();
+    uint32_t j = lane % 4;
+    return !PAIRED ? lane : COPIES == 4 ? lane / 4 * 8 + j % 2 * 4 + j / 2 * 2 : j / 2 * 32 + lane / 4 * 4 + j % 2 * 2;
+}
+
+/* Codes of the part's tokens to codes, and their counts, by all but the low bits; the stream has begun. load(at): what this
+ * lane needs of a block that lies at `at` in shared memory; code(loaded, got): its two codes of each block of a turn. */
+template <uint32_t COPIES, bool PAIRED, typename F, typename L, typename C>
+static __device__ __forceinline__ void scan_blocks(struct stream &s, const struct span &span, uint16_t *codes, uint32_t *counts,
+                                                   uint32_t low_bits, const F &addresses, const L &load, const C &code)
+{
+    constexpr uint32_t BLOCKS = turn_blocks<COPIES>(), NEXT = PAIRED ? 1 : WARP;
     uint32_t lane = threadIdx.x % WARP, first = s.begin + threadIdx.x / WARP;
-    asm volatile("" : "+r"(lane));                                     /* stays in its register */
-    uint32_t word = min(COPIES == 4 ? lane % 2 : lane % 4, words - 1); /* where there is none, its planes are zero */
-    uint32_t own = (lane / 4 * words + word) * 16, apart = 8 * words * 16, bytes = BLOCKS * s.size;
+    asm volatile("" : "+r"(lane)); /* stays in its register */
+    uint32_t token = own_token<COPIES, PAIRED>(lane), bytes = BLOCKS * s.size;
     /* Blocks [whole_from, whole_to) of this warp have no token that is not a candidate. */
     uint32_t before = PKV_DIV_UP(span.first, PKV_BLOCK_TOKENS), whole = span.last / PKV_BLOCK_TOKENS;
     uint32_t whole_from = before > first ? (before - first + SCAN_WARPS - 1) / SCAN_WARPS : 0;
     uint32_t whole_to = min(s.count, whole > first ? (whole - first + SCAN_WARPS - 1) / SCAN_WARPS : 0);
     uint32_t ahead = s.depth * BLOCKS, slot = s.memory, behind = s.memory + s.depth * bytes;
-    codes += threadIdx.x / WARP * PKV_BLOCK_TOKENS + lane;
+    codes += threadIdx.x / WARP * PKV_BLOCK_TOKENS + token;
 #pragma unroll 1
     for (uint32_t i = 0; i < s.count; i += BLOCKS, codes += BLOCKS * BLOCK_STRIDE) {
         uint32_t got[2 * BLOCKS];
-        decltype(load(0)) x[2 * BLOCKS];
+        decltype(load(0)) x[BLOCKS];
         stream_wait(s);
 #pragma unroll
-        for (uint32_t n = 0; n < 2 * BLOCKS; n++)
-            x[n] = load(slot + own + n / 2 * s.size + n % 2 * apart);
+        for (uint32_t n = 0; n < BLOCKS; n++)
+            x[n] = load(slot + n * s.size);
         __syncwarp();
         stream_fill<COPIES>(s, i + ahead, slot, lane, addresses);
         slot = slot + bytes == behind ? s.memory : slot + bytes;
-#pragma unroll
-        for (uint32_t n = 0; n < 2 * BLOCKS; n++)
-            got[n] = code(x[n], lane);
+        code(x, got);
         if (i >= whole_from && i + BLOCKS <= whole_to) {
 #pragma unroll
-            for (uint32_t n = 0; n < 2 * BLOCKS; n++) {
-                codes[n / 2 * BLOCK_STRIDE + n % 2 * 32] = (uint16_t)got[n];
-                atomicAdd(counts + (got[n] >> low_bits), 1u);
+            for (uint32_t n = 0; n < BLOCKS; n++) {
+                if (PAIRED)
+                    *(uint32_t *)(codes + n * BLOCK_STRIDE) = got[2 * n] | got[2 * n + 1] << 16;
+                else
+                    codes[n * BLOCK_STRIDE] = (uint16_t)got[2 * n], codes[n * BLOCK_STRIDE + 32] = (uint16_t)got[2 * n + 1];
+                atomicAdd(counts + (got[2 * n] >> low_bits), 1u);
+                atomicAdd(counts + (got[2 * n + 1] >> low_bits), 1u);
             }
             continue;
         }
 #pragma unroll
         for (uint32_t n = 0; n < 2 * BLOCKS; n++)
             if (i + n / 2 < s.count)
-                code_put(got[n], (first + (i + n / 2) * SCAN_WARPS) * PKV_BLOCK_TOKENS + n % 2 * 32 + lane, span.first,
-                         span.last, codes + n / 2 * BLOCK_STRIDE + n % 2 * 32, counts, low_bits);
+                code_put(got[n], (first + (i + n / 2) * SCAN_WARPS) * PKV_BLOCK_TOKENS + token + n % 2 * NEXT, span.first,
+                         span.last, codes + n / 2 * BLOCK_STRIDE + n % 2 * NEXT, counts, low_bits);
     }
 }
 
@@ -188,9 +194,23 @@ static __device__ __forceinline__ void scan_softmax(struct stream &s, const stru
                                                     const struct span &span, uint32_t words, uint16_t *codes, uint32_t *counts,
                                                     const F &addresses)
 {
-    scan_blocks<COPIES>(
-        s, span, words, codes, counts, 0, addresses, [&](uint32_t at) { return fragments_load<COPIES>(at); },
-        [&](const struct fragments &x, uint32_t lane) { return code_of(x, p, lane); });
+    constexpr uint32_t BLOCKS = turn_blocks<COPIES>();
+    struct halves {
+        struct fragments of[2];
+    };
+    uint32_t lane = threadIdx.x % WARP;
+    uint32_t word = min(COPIES == 4 ? lane % 2 : lane % 4, words - 1); /* where there is none, its planes are zero */
+    uint32_t own = (lane / 4 * words + word) * 16, apart = 8 * words * 16;
+    scan_blocks<COPIES, false>(
+        s, span, codes, counts, 0, addresses,
+        [&](uint32_t at) {
+            return halves{{fragments_load<COPIES>(at + own), fragments_load<COPIES>(at + own + apart)}};
+        },
+        [&](const halves(&x)[BLOCKS], uint32_t(&got)[2 * BLOCKS]) {
+#pragma unroll
+            for (uint32_t n = 0; n < 2 * BLOCKS; n++)
+                got[n] = code_of(x[n / 2].of[n % 2], p, lane);
+        });
 }
 
 #endif
