@@ -9,6 +9,7 @@
  *
  * What does not fit (team_size) runs as the stages of table.c. */
 #include "gpu/cuda/team_choose.cuh"
+#include "gpu/cuda/team_integer.cuh"
 #include "gpu/cuda/team_weigh.cuh"
 
 #if __CUDA_ARCH__ >= 900
@@ -199,8 +200,19 @@ static __device__ __forceinline__ void stream_turns(const struct team_call &call
         stream_begin<2>(s, none, from, to);
 }
 
-/* From the query to the rows that this block attends, `count` in r. INTEGER: by the rules `sum` and `max`. */
-template <typename T, uint32_t DIM, uint32_t SETS, bool INTEGER>
+/* The stream of the part's signatures through `rings`: its first addresses are known. */
+static __device__ __forceinline__ struct stream part_stream(const struct team_call &call, const struct team &t,
+                                                            const struct team_shared *m, const struct span &span,
+                                                            const void *rings)
+{
+    uint32_t ring = shared_address(rings) + t.warp * call.at.ring;
+    struct stream s = stream_open(span, t.part, t.size, call.words, ring, call.at.ring);
+    s.now = stream_block(s, 0) < s.end ? m->signatures[t.warp + t.lane * WARPS] : 0;
+    return s;
+}
+
+/* From the query to the rows that this block attends, `count` in r. */
+template <typename T, uint32_t DIM, uint32_t SETS>
 static __device__ __forceinline__ uint32_t select_rows(const struct team_call &call, struct team &t, struct team_shared *m,
                                                        struct team_rows *r, const struct span &span, const struct list_of &l,
                                                        uint32_t *count)
@@ -218,9 +230,8 @@ static __device__ __forceinline__ uint32_t select_rows(const struct team_call &c
 #pragma unroll
     for (uint32_t i = 0; i < 2; i++)
         bits[i] = fitted_load(f, t.lane + i * WARP, m->fitted[(f.first % 16 + t.lane + i * WARP) / 16], call.words, word);
-    struct stream s = stream_open(span, t.part, t.size, call.words, shared_address(c) + t.warp * call.at.ring, call.at.ring);
+    struct stream s = part_stream(call, t, m, span, c);
     auto addresses = [&](uint32_t i) { return stream_address(call, t, s, places, l.cached, i); };
-    s.now = stream_block(s, 0) < s.end ? m->signatures[t.warp + t.lane * WARPS] : 0;
     s.next = s.count > WARP ? addresses(WARP) : 0;
     uint32_t early = max(s.depth / 4, 1u); /* turns; the words of the biases would wait behind the rest */
     stream_turns(call, s, 0, early);
@@ -232,7 +243,24 @@ static __device__ __forceinline__ uint32_t select_rows(const struct team_call &c
     __syncthreads();
     stream_turns(call, s, early, s.depth);
     scan_part<SETS>(call, t, m, span, s, codes, addresses);
-    return choose<INTEGER>(call, t, m, c, r, span, l, s, codes, 0, count);
+    return choose<false>(call, t, m, c, r, span, l, s, codes, 0, count);
+}
+
+/* The same by the rules `sum` and `max`. */
+static __device__ __forceinline__ uint32_t select_integers(const struct team_call &call, struct team &t, struct team_shared *m,
+                                                           struct team_rows *r, const struct span &span,
+                                                           const struct list_of &l, uint32_t *count)
+{
+    struct weigh_shared<HEADS> *w = (struct weigh_shared<HEADS> *)((unsigned char *)m + call.at.front);
+    uint16_t *codes = (uint16_t *)w;
+    struct choose_memory *c = (struct choose_memory *)((unsigned char *)m + call.at.rings);
+    uint64_t *places = (uint64_t *)((unsigned char *)m + call.at.places);
+    struct stream s = part_stream(call, t, m, span, c);
+    auto addresses = [&](uint32_t i) { return stream_address(call, t, s, places, l.cached, i); };
+    s.next = s.count > WARP ? addresses(WARP) : 0;
+    stream_turns(call, s, 0, s.depth);
+    uint32_t low_bits = scan_integers(call, t, m, w, span, s, codes, addresses);
+    return choose<true>(call, t, m, c, r, span, l, s, codes, low_bits, count);
 }
 
 template <typename T, uint32_t DIM, uint32_t SETS, bool INTEGER>
@@ -272,7 +300,10 @@ __global__ void __launch_bounds__(THREADS, 1) team_kernel(const __grid_constant_
         uint32_t per = (span.visible + t.size - 1) >> t.shift;
         begin = min(t.part * per, span.visible), count = min(per, span.visible - begin);
     } else {
-        k = select_rows<T, DIM, SETS, INTEGER>(call, t, m, r, span, l, &count);
+        if constexpr (INTEGER)
+            k = select_integers(call, t, m, r, span, l, &count);
+        else
+            k = select_rows<T, DIM, SETS>(call, t, m, r, span, l, &count);
         if (l.cached) {
             rows_claim(a, t, l, r, count, m->outcomes);
             __syncthreads();
@@ -311,20 +342,27 @@ extern "C" uint32_t cuda_team_size(const struct cuda_attend *a, uint32_t process
 {
     const struct pkv_geom &g = a->geom;
     bool able = g.dtype != PKV_F32 && (g.head_dim == 64 || g.head_dim == 128 || g.head_dim == 256) &&
-                pkv_geom_group(&g) <= HEADS && g.sig_bits && g.sig_bits <= 128 && a->policy.rule == PKV_RULE_SOFTMAX;
+                pkv_geom_group(&g) <= HEADS && g.sig_bits && g.sig_bits <= 128;
     return able ? team_of(a, processors, PKV_MIN(shared, SHARED_MAX)) : 0;
 }
 
-template <typename T, uint32_t DIM> static void (*kernel_of_group(uint32_t group))(const struct team_call)
+template <typename T, uint32_t DIM> static void (*kernel_of_group(uint32_t group, bool integer))(const struct team_call)
 {
+    if (integer)
+        return group <= 4 ? team_kernel<T, DIM, 1, true> : team_kernel<T, DIM, 2, true>;
     return group <= 4 ? team_kernel<T, DIM, 1, false> : team_kernel<T, DIM, 2, false>;
 }
 
-template <typename T> static void (*kernel_of_dim(uint32_t dim, uint32_t group))(const struct team_call)
+template <typename T> static void (*kernel_of_dim(uint32_t dim, uint32_t group, bool integer))(const struct team_call)
 {
-    return dim == 64    ? kernel_of_group<T, 64>(group)
-           : dim == 128 ? kernel_of_group<T, 128>(group)
-                        : kernel_of_group<T, 256>(group);
+    return dim == 64    ? kernel_of_group<T, 64>(group, integer)
+           : dim == 128 ? kernel_of_group<T, 128>(group, integer)
+                        : kernel_of_group<T, 256>(group, integer);
+}
+
+static void (*kernel_of(uint32_t dtype, uint32_t dim, uint32_t group, bool integer))(const struct team_call)
+{
+    return dtype == PKV_F16 ? kernel_of_dim<__half>(dim, group, integer) : kernel_of_dim<__nv_bfloat16>(dim, group, integer);
 }
 
 extern "C" int cuda_team_preload(void)
@@ -337,13 +375,10 @@ extern "C" int cuda_team_preload(void)
     if (major < 9 || cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
         return 0;
     most = PKV_MIN(most, (int)SHARED_MAX);
-    for (uint32_t dim = 64; dim <= 256; dim *= 2)
-        for (uint32_t group = 4; group <= 8; group += 4)
-            if (cudaFuncSetAttribute(kernel_of_dim<__half>(dim, group), cudaFuncAttributeMaxDynamicSharedMemorySize, most) !=
-                    cudaSuccess ||
-                cudaFuncSetAttribute(kernel_of_dim<__nv_bfloat16>(dim, group), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     most) != cudaSuccess)
-                return -(int)PKV_ERR_UNSUPPORTED;
+    for (uint32_t i = 0; i < 24; i++)
+        if (cudaFuncSetAttribute(kernel_of(i & 1 ? PKV_F16 : PKV_BF16, 64 << i / 8, i & 2 ? 8 : 4, i & 4),
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, most) != cudaSuccess)
+            return -(int)PKV_ERR_UNSUPPORTED;
     return 0;
 }
 
@@ -366,8 +401,7 @@ static uint32_t rows_most(const struct cuda_attend *a)
 extern "C" int cuda_team_launch(const struct cuda_attend *a, void *stream)
 {
     uint32_t group = pkv_geom_group(&a->geom);
-    auto kernel = a->geom.dtype == PKV_F16 ? kernel_of_dim<__half>(a->geom.head_dim, group)
-                                           : kernel_of_dim<__nv_bfloat16>(a->geom.head_dim, group);
+    auto kernel = kernel_of(a->geom.dtype, a->geom.head_dim, group, a->policy.rule != PKV_RULE_SOFTMAX);
     struct team_call call = {.a = *a,
                              .at = layout_of(a),
                              .group = group,

@@ -197,15 +197,11 @@ static __device__ __forceinline__ void words_take(const struct team_call &call, 
 {
 #pragma unroll 1
     for (uint32_t task = t.warp; task < SETS * 4 * call.words; task += WARPS) {
-        uint32_t h = task % (SETS * 4), word = task / (SETS * 4), own = 0;
+        uint32_t h = task % (SETS * 4), word = task / (SETS * 4);
         if (h >= t.group)
             continue;
         int weight = w->weights[h][word * WARP + t.lane], sum = 0;
-#pragma unroll
-        for (uint32_t p = 0; p < 8; p++) {
-            uint32_t plane = __ballot_sync(ALL_LANES, weight >> p & 1);
-            own = t.lane / 4 == p ? plane : own;
-        }
+        uint32_t own = word_planes(weight, t.lane);
         digits_write(weight, t.lane, call.words, m->digits[h * call.words + word]);
 #pragma unroll 1
         for (uint32_t i = t.lane; i < PKV_ALIGN_UP(f.count, WARP); i += WARP) {
@@ -221,11 +217,8 @@ static __device__ __forceinline__ void words_take(const struct team_call &call, 
         sum = __reduce_add_sync(ALL_LANES, sum);
         if (t.lane == 0)
             m->estimates[h][word] = sum;
-        if (!w->write)
-            continue;
-        call.a.work.weights[(t.q_head + h) * call.a.geom.sig_bits + word * WARP + t.lane] = (int8_t)weight;
-        if (t.lane % 4 == 0)
-            call.a.work.planes[((t.q_head + h) * 8 + t.lane / 4) * call.words + word] = own;
+        if (w->write)
+            word_keep(call, t, h, word, weight, own);
     }
 }
 

@@ -120,6 +120,29 @@ static __device__ __forceinline__ uint64_t stream_address(const struct team_call
     return signatures_of(call, t, entry.y);
 }
 
+/* ---- weights ---- */
+
+/* Of 32 weights, a lane each: bit plane lane / 4. */
+static __device__ __forceinline__ uint32_t word_planes(int weight, uint32_t lane)
+{
+    uint32_t own = 0;
+#pragma unroll
+    for (uint32_t p = 0; p < 8; p++) {
+        uint32_t plane = __ballot_sync(ALL_LANES, weight >> p & 1);
+        own = lane / 4 == p ? plane : own;
+    }
+    return own;
+}
+
+/* CUDA_KEEP: a word of a head's weights. */
+static __device__ __forceinline__ void word_keep(const struct team_call &call, const struct team &t, uint32_t h, uint32_t word,
+                                                 int weight, uint32_t plane)
+{
+    call.a.work.weights[(t.q_head + h) * call.a.geom.sig_bits + word * WARP + t.lane] = (int8_t)weight;
+    if (t.lane % 4 == 0)
+        call.a.work.planes[((t.q_head + h) * 8 + t.lane / 4) * call.words + word] = plane;
+}
+
 /* ---- scan ---- */
 
 template <uint32_t SETS, uint32_t COPIES, typename F>

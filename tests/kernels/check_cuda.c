@@ -6,10 +6,12 @@
  *   attend, gather   exact attention in double precision over the device's list; rows byte for byte
  *   cache            rows that a second call finds in the row cache are the arena's, and the counters say how many
  *   graph            a captured call, replayed while its sequences grow over block borders, equals a fresh call
+ *   rules            `sum` and `max` over weights and signatures that are hard on them
  *   streams          calls of one launch each, in two streams at once beside one in stages, end, and give what each gives alone
  * usage: check_cuda [SEED [CASES [ROUNDS of all streams]]]; a sanitizer takes long for many rounds */
 #include "tests/kernels/check_append.h"
 #include "tests/kernels/check_lists.h"
+#include "tests/kernels/check_rules.h"
 #include "tests/kernels/check_streams.h"
 
 #include <inttypes.h>
@@ -144,7 +146,7 @@ static void check_graph(const struct world *w, struct on_device *d)
     CUDA(cudaStreamEndCapture(stream, &graph));
     CUDA(cudaGraphInstantiate(&replay, graph, 0));
     struct cuda_seq seqs[2] = {{d->refs, 0}, {d->refs, 0}};
-    for (uint32_t length = w->queries; length <= w->tokens; length += 1 + below(90)) {
+    for (uint32_t length = w->queries; length <= w->tokens; length += 1 + below(90 + w->tokens / 64)) {
         seqs[0].tokens = length, seqs[1].tokens = 1 + below(length);
         CUDA(cudaMemcpyAsync(d->seqs, seqs, sizeof(seqs), cudaMemcpyHostToDevice, stream));
         CUDA(cudaMemsetAsync(d->a.out, 0xff, bytes, stream));
@@ -188,7 +190,7 @@ static void check_call(struct gpu *gpu, struct gpu_scheme *scheme, const struct 
 
 static void check_case(struct gpu *gpu)
 {
-    struct world w = world_random();
+    struct world w = below(10) ? world_random() : world_long();
     struct on_device d;
     uint32_t kind = below(4);
     w.policy.rule = below(2) ? PKV_RULE_SOFTMAX : w.policy.rule;
@@ -207,6 +209,7 @@ static void check_case(struct gpu *gpu)
     d.a.team = team;
     if (team)
         check_call(gpu, scheme, &w, &d);
+    check_rules(&w, &d, 4);
     device_close(&d);
     gpu_scheme_close(scheme);
     world_free(&w);

@@ -102,7 +102,7 @@ static inline void check_lists(const struct world *w, const struct on_device *d,
     const struct cuda_attend *a = &d->a;
     const struct pkv_geom *g = &w->g;
     uint64_t lists = (uint64_t)a->queries * g->kv_heads, heads = (uint64_t)a->queries * g->q_heads;
-    uint64_t stride = PKV_ALIGN_UP(w->tokens, 64u), rows = cuda_rows_max(&a->policy);
+    uint64_t stride = PKV_ALIGN_UP(a->tokens_max, 64u), rows = cuda_rows_max(&a->policy);
     uint16_t *codes = host_copy(a->work.codes, lists * stride * 2), *scores = host_copy(a->work.scores, lists * rows * 2);
     uint32_t *index = host_copy(a->work.index, lists * rows * 4), *chosen = host_copy(a->work.chosen, lists * 4);
     int8_t *weights = host_copy(a->work.weights, heads * g->sig_bits);

@@ -87,8 +87,9 @@ static inline void device_open(const struct world *w, const struct gpu_scheme *s
                                 .tokens_max = w->tokens};
     MUST(cuda_grid(&d->a) == 0);
     d->a.parts = 1 + below(33), d->a.splits = 1 + below(16);
-    uint32_t smaller = 2u << below(4);
-    d->a.team = d->a.team > smaller ? smaller : d->a.team;
+    uint32_t smaller = w->tokens < LONG ? 2u << below(4) : 2;
+    if (d->a.team > smaller && (w->policy.k + w->policy.sinks + w->policy.recent) / smaller < 1000) /* rows of a block */
+        d->a.team = smaller;
     d->a.flags = CUDA_KEEP;
     MUST(cuda_scheme_upload(scheme, &d->a.scheme, &d->scheme_memory) == 0);
     uint64_t heads = (uint64_t)d->a.queries * w->g.q_heads, bytes = cuda_work_bytes(&d->a);

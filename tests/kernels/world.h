@@ -125,22 +125,41 @@ static inline void world_free(struct world *w)
     free(w->pool), free(w->arena), free(w->refs), free(w->k), free(w->v), free(w->q), free(w->weights), free(w->scales);
 }
 
+static const uint16_t world_dims[] = {64, 96, 128, 256}, world_groups[] = {1, 2, 3, 4, 7, 16};
+
+static inline void world_make(struct world *w)
+{
+    printf("kv %u group %u dim %u dtype %u bits %u tokens %u queries %u k %u sinks %u recent %u rule %u top_p %g\n",
+           w->g.kv_heads, pkv_geom_group(&w->g), w->g.head_dim, w->g.dtype, w->g.sig_bits, w->tokens, w->queries, w->policy.k,
+           w->policy.sinks, w->policy.recent, w->policy.rule, w->policy.top_p);
+    world_data(w);
+    world_places(w);
+}
+
 static inline struct world world_random(void)
 {
-    static const uint16_t dims[] = {64, 96, 128, 256}, groups[] = {1, 2, 3, 4, 7, 16};
     struct world w = {0};
-    w.g.kv_heads = (uint16_t)(1 + below(3)), w.g.q_heads = (uint16_t)(w.g.kv_heads * groups[below(6)]);
-    w.g.layers = 2, w.g.head_dim = dims[below(4)], w.g.dtype = (uint16_t)below(3);
+    w.g.kv_heads = (uint16_t)(1 + below(3)), w.g.q_heads = (uint16_t)(w.g.kv_heads * world_groups[below(6)]);
+    w.g.layers = 2, w.g.head_dim = world_dims[below(4)], w.g.dtype = (uint16_t)below(3);
     w.g.sig_bits = (uint16_t)(32 * (1 + below(8)));
     w.tokens = 1 + below(below(4) ? 700 : 3000), w.queries = 1 + below(PKV_MIN(3u, w.tokens));
     w.policy = (struct gpu_policy){.k = 1 + below(w.tokens), .sinks = below(100), .recent = below(100), .rule = below(3)};
     if (w.policy.rule == PKV_RULE_SOFTMAX && below(3) == 0)
         w.policy.top_p = 0.05f + 0.01f * (float)below(95), w.policy.recent = PKV_MAX(w.policy.recent, 1u);
-    printf("kv %u group %u dim %u dtype %u bits %u tokens %u queries %u k %u sinks %u recent %u rule %u top_p %g\n",
-           w.g.kv_heads, pkv_geom_group(&w.g), w.g.head_dim, w.g.dtype, w.g.sig_bits, w.tokens, w.queries, w.policy.k,
-           w.policy.sinks, w.policy.recent, w.policy.rule, w.policy.top_p);
-    world_data(&w);
-    world_places(&w);
+    world_make(&w);
+    return w;
+}
+
+/* So long that a warp's blocks pass several times through what holds some of them. */
+#define LONG 70000u
+static inline struct world world_long(void)
+{
+    struct world w = {
+        .g = {2, world_groups[below(5)], 1, 64, (uint16_t)(PKV_F16 + below(2)), (uint16_t)(32 * (1 + below(4))), 0},
+        .tokens = LONG + below(50000),
+        .queries = 1,
+        .policy = {.k = 1 + below(1500), .sinks = below(100), .recent = below(100), .rule = below(3)}};
+    world_make(&w);
     return w;
 }
 
