@@ -309,9 +309,9 @@ static void bench_dense(struct bench *b)
     report(b, "dense", timed(b, run_all), (double)b->batch * b->tokens * 8 * 512);
 }
 
-/* Plain Hamming distances with their counts: rule `sum`, weights of +-1, a share of the bits for each head as a learned hash
- * has it. The last that is measured: work's weights are not the queries' any more. */
-static void bench_hamming(struct bench *b, double signatures)
+/* Plain Hamming distances: rule `sum`, weights of +-1, a share of the bits for each head as a learned hash has it, given by the
+ * caller. The last that is measured: work's weights are not the queries' any more. */
+static void bench_hamming(struct bench *b, double signatures, double chosen)
 {
     uint32_t bits = b->geom.sig_bits, heads = b->batch * 32;
     int8_t *weights = take((uint64_t)heads * bits);
@@ -321,8 +321,12 @@ static void bench_hamming(struct bench *b, double signatures)
     free(weights);
     for (uint32_t l = 0; l < b->layers; l++) {
         struct cuda_attend *a = &b->layer[l].a;
-        a->policy.rule = PKV_RULE_SUM, a->scheme.kind = PKV_SCHEME_HASH, a->scheme.q_signs = 1;
+        a->policy.rule = PKV_RULE_SUM, a->scheme.kind = PKV_SCHEME_HASH, a->scheme.q_signs = 1, a->weighed = 1;
     }
+    report(b, "call, plain Hamming", timed(b, run_all), signatures + chosen);
+    report(b, "call in stages, plain Hamming", timed(b, run_stages), signatures + chosen);
+    for (uint32_t l = 0; l < b->layers; l++)
+        b->layer[l].a.weighed = 0; /* so that the launcher knows what the weights are */
     report(b, "scan, plain Hamming", timed(b, run_scan), signatures);
     for (uint32_t l = 0; l < b->layers; l++)
         b->layer[l].a.policy.rule = PKV_RULE_SOFTMAX, b->layer[l].a.scheme = b->scheme;
@@ -347,7 +351,7 @@ static void bench_shape(uint32_t tokens, uint32_t batch, uint32_t bits)
     double moved = (double)PKV_MIN(tokens, CHUNK) * 8 * (1024 + bits / 8);
     report(&b, batch > 1 ? "append 1 token each" : "append", timed(&b, run_append),
            batch > 1 ? (double)batch * 8 * 1024 : moved);
-    bench_hamming(&b, signatures);
+    bench_hamming(&b, signatures, chosen);
     if (tokens <= 32768)
         bench_dense(&b);
     bench_close(&b);
