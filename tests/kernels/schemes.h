@@ -33,7 +33,7 @@ static inline struct gpu_scheme *scheme_of_kind(const struct world *w, uint32_t 
     const struct pkv_geom *g = &w->g;
     struct gpu_scheme *s;
     uint8_t digest[PKV_DIGEST_BYTES];
-    if (kind == PKV_SCHEME_SIGN) {
+    if (kind == PKV_SCHEME_SIGN || kind == PKV_SCHEME_NONE) {
         MUST(gpu_scheme_open(kind, g, NULL, &s, digest) == 0);
         return s;
     }

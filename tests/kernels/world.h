@@ -163,6 +163,15 @@ static inline struct world world_long(void)
     return w;
 }
 
+/* Without signatures, and so with a policy by age. */
+static inline void world_drop_signatures(struct world *w)
+{
+    w->g.sig_bits = 0;
+    for (uint32_t b = 0; b < w->blocks; b++)
+        w->refs[b].signatures = 0;
+    w->policy.recent += w->policy.k, w->policy.k = 0, w->policy.top_p = 0;
+}
+
 /* Exact attention of one query and q head over a list (NULL: the first `count` tokens), in double. */
 static inline void naive_attend(const struct world *w, uint32_t query, uint32_t q_head, const uint32_t *index, uint32_t count,
                                 const float *out, float lse)
