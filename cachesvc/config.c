@@ -24,6 +24,7 @@ static const char *const io_choices[] = {"auto", "uring", "epoll", NULL};
 static const char *const yes_choices[] = {"no", "yes", NULL};
 static const char *const log_choices[] = {"error", "warn", "info", "debug", NULL};
 static const char *const backend_choices[] = {"host", "cuda", "auto", NULL};
+static const char *const share_choices[] = {"auto", "vmm", "ipc", NULL};
 static const char *const isa_choices[] = {"best", "c", "avx2", "avx512", NULL};
 
 #define AT(member)   offsetof(struct config, member)
@@ -55,6 +56,8 @@ static const struct row rows[] = {
      "where the pool lies and served selects run: CPU, GPU, or GPU if there is one"},
     {"device", "", KIND_TEXT, TEXT(device), 0, 0, NULL,
      "GPUs of the pool: numbers or UUIDs with commas between, or all; default: the first that can be used"},
+    {"share", "auto", KIND_CHOICE, AT(share), 0, 0, 0, share_choices,
+     "how GPU memory reaches workers: VMM descriptors, cudaIpc handles; auto: the former, else the latter for one tenant"},
     {"isa", "best", KIND_CHOICE, TEXT(isa), 0, 0, isa_choices, "instruction set of the host backend"},
     {"populate", "yes", KIND_CHOICE, AT(populate), 0, 0, 0, yes_choices,
      "take all memory at the start, so that a lack of it shows then"},

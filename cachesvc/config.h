@@ -15,6 +15,7 @@ struct config {
     char socket[256]; /* empty: the user's default */
     char backend[16], isa[16];
     char device[256];                              /* which GPUs; empty: the first that can be used */
+    uint64_t share;                                /* enum devices_share */
     uint64_t pool_bytes, arena_bytes, chunk_bytes; /* chunk_bytes 0: chosen from the others */
     uint64_t threads, spin_us, grant_timeout_ms;
     uint64_t home_hold_ms, home_hold_rate; /* bytes a second */

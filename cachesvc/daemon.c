@@ -109,7 +109,7 @@ static int chunk_choose(struct daemon *d, uint64_t *ret)
 static int memory_make(struct daemon *d)
 {
     const struct config *c = &d->config;
-    int r = devices_open(&d->devices, c->backend, c->device);
+    int r = devices_open(&d->devices, c->backend, c->device, (enum devices_share)c->share);
     struct memory_options options = {.pool_bytes = c->pool_bytes,
                                      .arena_bytes = c->arena_bytes,
                                      .populate = c->populate ? threads_of(c) : 0,

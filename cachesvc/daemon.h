@@ -49,7 +49,8 @@ struct daemon {
     struct admin admin;
     struct worker *workers[DAEMON_CONNECTIONS_MAX];
     uint64_t next_token;
-    uint32_t serving; /* served jobs under way */
+    uint32_t serving;            /* served jobs under way */
+    char mapper[PKV_NAME_BYTES]; /* the tenant that maps the pool, where only one may; empty: none has yet */
     struct states states[PKV_MODELS_MAX];
     struct quality quality[PKV_MODELS_MAX];
     uint64_t audited_ns; /* when workers' samples were last looked at */

@@ -1,4 +1,8 @@
-/* Choosing devices: by number as this process counts them, or by UUID as nvidia-smi shows it. */
+/* Choosing devices: by number as this process counts them, or by UUID as nvidia-smi shows it; and how their memory is shared.
+ *
+ * By VMM descriptors where that works: what a device says of itself may not hold in a sandbox, so `auto` tries it. What cudaIpc
+ * does not give (gpu/ipc.h) counts most between tenants, so without being told to the daemon lets one tenant map the pool; the
+ * workers of the others are served (message.c). */
 #include "cachesvc/devices.h"
 
 #include "cachesvc/log.h"
@@ -17,9 +21,10 @@ void devices_uuid_text(const uint8_t u[PKV_UUID_BYTES], char ret[DEVICES_UUID_TE
 }
 
 /* Good for a pool: what it lacks is said where the operator asked for it. */
-static int usable(const struct gpu_device_info *i)
+static int usable(const struct gpu_device_info *i, enum devices_share share)
 {
-    return !i->exports ? -PKV_ERR_GPU_EXPORT : !i->registers ? -PKV_ERR_GPU_REGISTER : 0;
+    bool exports = (i->exports && share != DEVICES_SHARE_IPC) || (i->exports_ipc && share != DEVICES_SHARE_VMM);
+    return !exports ? -PKV_ERR_GPU_EXPORT : !i->registers ? -PKV_ERR_GPU_REGISTER : 0;
 }
 
 static bool named(const struct gpu_device_info *i, const char *name, size_t length)
@@ -31,9 +36,9 @@ static bool named(const struct gpu_device_info *i, const char *name, size_t leng
            (length > 4 && length < sizeof(uuid) && !strncasecmp(uuid, name, length)); /* the start of a UUID, with GPU- */
 }
 
-static int add(struct devices *d, const struct gpu_device_info *i)
+static int add(struct devices *d, const struct gpu_device_info *i, enum devices_share share)
 {
-    int r = usable(i);
+    int r = usable(i, share);
     for (uint32_t n = 0; n < d->count; n++)
         if (!memcmp(gpu_device_about(d->device[n])->uuid, i->uuid, PKV_UUID_BYTES))
             return 0; /* named twice */
@@ -45,27 +50,27 @@ static int add(struct devices *d, const struct gpu_device_info *i)
 }
 
 /* Those that one name stands for; -PKV_ERR_GPU_NONE: there is no such device. */
-static int add_named(struct devices *d, uint32_t present, const char *name, size_t length)
+static int add_named(struct devices *d, uint32_t present, const char *name, size_t length, enum devices_share share)
 {
     struct gpu_device_info i;
     bool all = length == 3 && !strncmp(name, "all", 3), first = !length, found = false;
     int r = 0;
     for (uint32_t n = 0; n < present && !r; n++) {
-        if (gpu_device_probe(n, &i) || (first && (found || usable(&i))) || (!first && !all && !named(&i, name, length)))
+        if (gpu_device_probe(n, &i) || (first && (found || usable(&i, share))) || (!first && !all && !named(&i, name, length)))
             continue;
         found = true;
-        r = add(d, &i);
+        r = add(d, &i, share);
     }
     return r ? r : found ? 0 : -PKV_ERR_GPU_NONE;
 }
 
-static int open_all(struct devices *d, const char *names)
+static int open_all(struct devices *d, const char *names, enum devices_share share)
 {
     uint32_t present = 0;
     int r = gpu_device_count(&present);
     for (const char *at = names; !r; at++) {
         size_t length = strcspn(at, ",");
-        r = add_named(d, present, at, length);
+        r = add_named(d, present, at, length, share);
         at += length;
         if (!*at)
             break;
@@ -73,12 +78,43 @@ static int open_all(struct devices *d, const char *names)
     return r;
 }
 
-int devices_open(struct devices *d, const char *backend, const char *names)
+/* One small chunk shared in that way, on each device. */
+static int try_share(const struct devices *d, enum gpu_share share)
+{
+    struct gpu_chunk c;
+    int r = 0;
+    for (uint32_t i = 0; i < d->count && !r; i++) {
+        r = gpu_device_chunk_create(d->device[i], gpu_device_about(d->device[i])->grain, share, &c);
+        if (!r)
+            gpu_device_chunk_release(d->device[i], &c);
+    }
+    return r;
+}
+
+static int share_choose(struct devices *d, enum devices_share share)
+{
+    d->share = share == DEVICES_SHARE_IPC ? GPU_SHARE_IPC : GPU_SHARE_VMM;
+    int r = try_share(d, d->share);
+    if (r == -PKV_ERR_GPU_EXPORT && share == DEVICES_SHARE_AUTO) {
+        d->share = GPU_SHARE_IPC, d->one_tenant = true;
+        r = try_share(d, d->share);
+    }
+    if (!r && d->share == GPU_SHARE_IPC)
+        log_warn(
+            "GPU memory is shared by cudaIpc handles%s: stray writes of workers are not stopped, and the pool's memory goes "
+            "with this process; %s",
+            d->one_tenant ? ", as VMM descriptors are not to be had" : "",
+            d->one_tenant ? "one tenant maps it, others are served; --share ipc lets all map it" : "all tenants map it");
+    return r == -PKV_ERR_GPU_EXPORT ? r : 0; /* what else is wrong shows when the pool is made */
+}
+
+int devices_open(struct devices *d, const char *backend, const char *names, enum devices_share share)
 {
     *d = (struct devices){.count = 0};
     if (!strcmp(backend, "host"))
         return 0;
-    int r = open_all(d, names);
+    int r = open_all(d, names, share);
+    r = r ? r : share_choose(d, share);
     if (!r)
         return 0;
     devices_close(d);

@@ -10,12 +10,17 @@
 struct devices {
     struct gpu_device *device[DEVICES_MAX];
     uint32_t count; /* 0: the pool is CPU memory */
+    enum gpu_share share;
+    bool one_tenant; /* only one may map what is shared so */
 };
+
+/* auto: VMM; where a device cannot, IPC for one tenant. */
+enum devices_share { DEVICES_SHARE_AUTO, DEVICES_SHARE_VMM, DEVICES_SHARE_IPC };
 
 /* `backend`: "host" opens none; "cuda" opens those that `names` says, or fails after saying why (-errno); "auto" as cuda where
  * that can be had, else as host. `names`: "" the first one that can be used, "all", or ordinals and UUIDs with commas between.
  */
-int devices_open(struct devices *devices, const char *backend, const char *names);
+int devices_open(struct devices *devices, const char *backend, const char *names, enum devices_share share);
 void devices_close(struct devices *devices);
 bool devices_lost(const struct devices *devices);
 /* DEVICES_MAX: none of them. */

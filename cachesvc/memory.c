@@ -27,7 +27,7 @@ static int host_create(const struct memory *m, uint32_t tier, struct offload_chu
 
 static int device_create(const struct memory *m, uint32_t chunk, struct gpu_chunk *ret)
 {
-    return gpu_device_chunk_create(m->devices->device[chunk % m->devices->count], m->chunk_bytes, ret);
+    return gpu_device_chunk_create(m->devices->device[chunk % m->devices->count], m->chunk_bytes, m->devices->share, ret);
 }
 
 static int pool_on_devices(struct memory *m, uint32_t want)

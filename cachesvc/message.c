@@ -85,21 +85,34 @@ static uint32_t device_for_worker(const struct daemon *d)
     return best;
 }
 
+/* Where only one tenant may map the pool: the one whose worker does so first, as long as the daemon lives. */
+static bool may_map(const struct worker *w, const char *tenant)
+{
+    const struct daemon *d = w->daemon;
+    return !d->devices.one_tenant || !d->mapper[0] || !strcmp(d->mapper, tenant);
+}
+
 /* What both sides can do, and on which device. A worker that knows nothing of devices cannot map a pool that lies on one. */
 static enum pkv_err settle(struct worker *w, const struct pkv_hello *h, struct pkv_reply *r)
 {
     static const uint8_t any[PKV_UUID_BYTES];
     const struct devices *devices = &w->daemon->devices;
-    bool cuda = devices->count && h->features & PKV_FEATURE_CUDA;
+    bool cuda = devices->count && h->features & PKV_FEATURE_CUDA, direct = may_map(w, w->tenant);
     r->features = h->features & (cuda ? PKV_FEATURES : devices->count ? PKV_FEATURE_SERVED : PKV_FEATURES & ~PKV_FEATURE_CUDA);
     if (h->required & ~r->features)
         return PKV_ERR_BACKEND;
     if (!cuda)
         return PKV_ERR_OK;
-    w->device = memcmp(h->device, any, sizeof(any)) ? devices_find(devices, h->device) : device_for_worker(w->daemon);
-    if (w->device == DEVICES_MAX)
+    if (!direct && h->required & PKV_FEATURE_CUDA)
+        return PKV_ERR_GPU_TENANT;
+    uint32_t device = memcmp(h->device, any, sizeof(any)) ? devices_find(devices, h->device) : device_for_worker(w->daemon);
+    if (device == DEVICES_MAX)
         return PKV_ERR_GPU_DEVICE;
-    memcpy(r->device, gpu_device_about(devices->device[w->device])->uuid, sizeof(r->device));
+    memcpy(r->device, gpu_device_about(devices->device[device])->uuid, sizeof(r->device));
+    if (direct)
+        w->device = device;
+    else
+        r->features &= ~PKV_FEATURE_DIRECT;
     return PKV_ERR_OK;
 }
 
@@ -109,13 +122,13 @@ static bool on_hello(struct worker *w, const struct pkv_hello *h)
     struct pkv_reply r = {.err = PKV_ERR_OK};
     int tables = -1;
     r.err = w->state == WORKER_NEW ? pkv_check_hello(h) : PKV_ERR_INVALID;
-    if (r.err == PKV_ERR_OK)
-        r.err = loss_happened(&d->loss) ? PKV_ERR_GPU_LOST : settle(w, h, &r);
     if (r.err == PKV_ERR_OK) {
         copy_name(w->tenant, h->tenant[0] ? h->tenant : "default");
         copy_name(w->label, h->label);
-        r.err = core_worker_join(d->core, w->tenant, &w->id);
+        r.err = loss_happened(&d->loss) ? PKV_ERR_GPU_LOST : settle(w, h, &r);
     }
+    if (r.err == PKV_ERR_OK)
+        r.err = core_worker_join(d->core, w->tenant, &w->id);
     if (r.err == PKV_ERR_OK) {
         r.err = region_make(w, h->data_bytes);
         tables = tables_fd(&d->tables, core_worker_tenant(d->core, w->id));
@@ -152,7 +165,7 @@ static void on_model(struct worker *w, struct pkv_model_request *m)
 
 static void on_map(struct worker *w, const struct pkv_map_request *m)
 {
-    struct pkv_reply r = {.err = m->reserved ? PKV_ERR_RESERVED : PKV_ERR_OK};
+    struct pkv_reply r = {.err = m->reserved ? PKV_ERR_RESERVED : may_map(w, w->tenant) ? PKV_ERR_OK : PKV_ERR_GPU_TENANT};
     if (r.err == PKV_ERR_OK)
         r.err = loss_happened(&w->daemon->loss) ? PKV_ERR_GPU_LOST : core_chunk_map(w->daemon->core, w->id, m->tier, m->chunk);
     if (r.err != PKV_ERR_OK) {
@@ -160,6 +173,8 @@ static void on_map(struct worker *w, const struct pkv_map_request *m)
         return;
     }
     w->direct = true;
+    if (w->daemon->devices.one_tenant)
+        memcpy(w->daemon->mapper, w->tenant, sizeof(w->tenant));
     int fd = memory_fd(&w->daemon->memory, m->tier, m->chunk);
     r.bytes = w->daemon->memory.chunk_bytes;
     reply(w, PKV_MSG_MAP, &r, &fd, 1);

@@ -188,6 +188,9 @@ json_t *stats_stat(struct daemon *d)
     json_object_set_new(o, "pool", tier_json(d, &s, PKV_TIER_POOL));
     json_object_set_new(o, "arena", tier_json(d, &s, PKV_TIER_ARENA));
     json_object_set_new(o, "gpus", gpus_json(d));
+    bool ipc = d->devices.share == GPU_SHARE_IPC;
+    json_object_set_new(o, "share", !d->devices.count ? json_null() : json_string(ipc ? "ipc" : "vmm"));
+    json_object_set_new(o, "mapper", d->mapper[0] ? json_string(d->mapper) : json_null());
     json_object_set_new(o, "pinned", number(__atomic_load_n(&d->memory.pins.done, __ATOMIC_ACQUIRE)));
     json_object_set_new(o, "blocks",
                         json_pack("{s:o, s:o, s:o, s:o}", "granted", number(s.granted), "sealed", number(s.sealed), "held",

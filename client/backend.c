@@ -33,8 +33,8 @@ static int open_device(struct pkv *kv, const uint8_t uuid[PKV_UUID_BYTES], struc
     kv->imported = calloc(PKV_CHUNKS_MAX, sizeof(*kv->imported));
     int r = kv->arena && kv->imported ? gpu_device_find(uuid, &ordinal) : -PKV_ERR_NO_MEMORY;
     r = r ? r : gpu_device_open(ordinal, &kv->device);
-    if (!r && (!gpu_device_about(kv->device)->exports || !gpu_device_about(kv->device)->registers_read_only))
-        r = -PKV_ERR_GPU_EXPORT;
+    const struct gpu_device_info *i = r ? NULL : gpu_device_about(kv->device);
+    r = r ? r : !i->exports && !i->exports_ipc ? -PKV_ERR_GPU_EXPORT : !i->registers_read_only ? -PKV_ERR_GPU_REGISTER : 0;
     options->backend = "cuda", options->device = kv->device;
     r = r ? r : gpu_open(options, &kv->gpu);
     if (!r)
@@ -58,12 +58,12 @@ static void describe(struct pkv *kv, int why)
 int backend_settle(struct pkv *kv, const struct pkv_options *o, const struct pkv_reply *reply)
 {
     struct gpu_options options = {.isa = o->isa, .threads = o->threads};
-    bool cuda = !kv->served && reply->features & PKV_FEATURE_CUDA;
+    bool direct = reply->features & PKV_FEATURE_DIRECT, cuda = !kv->served && direct && reply->features & PKV_FEATURE_CUDA;
     int r = cuda ? open_device(kv, reply->device, &options) : 0, why = r;
     if (r && o->backend)
         return r;
-    if (!cuda && !kv->served && !(reply->features & PKV_FEATURE_DIRECT))
-        why = -PKV_ERR_BACKEND;
+    if (!cuda && !kv->served && !direct)
+        why = reply->features & PKV_FEATURE_CUDA ? -PKV_ERR_GPU_TENANT : -PKV_ERR_BACKEND;
     if (why)
         kv->served = true;
     if (!kv->device) {

@@ -1,5 +1,6 @@
 /* The door of device memory: the module's verbs, and what they have in common. */
 #include "gpu/internal.h"
+#include "gpu/ipc.h"
 #include "gpu/module.h"
 
 #include <string.h>
@@ -63,10 +64,12 @@ bool gpu_device_lost(const struct gpu_device *d)
     return d->verbs->lost(d);
 }
 
-int gpu_device_chunk_create(struct gpu_device *d, uint64_t bytes, struct gpu_chunk *ret)
+int gpu_device_chunk_create(struct gpu_device *d, uint64_t bytes, enum gpu_share share, struct gpu_chunk *ret)
 {
     if (!bytes || bytes % d->info.grain)
         return -PKV_ERR_INVALID;
+    if (share == GPU_SHARE_IPC)
+        return d->info.exports_ipc ? gpu_ipc_create(d, bytes, ret) : -PKV_ERR_GPU_EXPORT;
     return d->info.exports ? d->verbs->chunk_create(d, bytes, ret) : -PKV_ERR_GPU_EXPORT;
 }
 
@@ -74,12 +77,16 @@ int gpu_device_chunk_import(struct gpu_device *d, int fd, uint64_t bytes, bool w
 {
     if (!bytes || bytes % d->info.grain || fd < 0)
         return -PKV_ERR_INVALID;
+    if (gpu_ipc_is_token(fd))
+        return d->info.exports_ipc ? gpu_ipc_import(d, fd, bytes, writable, ret) : -PKV_ERR_GPU_EXPORT;
     return d->info.exports ? d->verbs->chunk_import(d, fd, bytes, writable, ret) : -PKV_ERR_GPU_EXPORT;
 }
 
 void gpu_device_chunk_release(struct gpu_device *d, struct gpu_chunk *chunk)
 {
-    if (chunk->bytes)
+    if (chunk->bytes && chunk->share == GPU_SHARE_IPC)
+        gpu_ipc_release(d, chunk);
+    else if (chunk->bytes)
         d->verbs->chunk_release(d, chunk);
     *chunk = (struct gpu_chunk){.fd = -1};
 }

@@ -25,7 +25,8 @@ struct gpu_device_info {
     uint32_t major, minor, processors;
     uint64_t bytes;
     uint64_t grain;           /* chunks are multiples of it */
-    bool exports;             /* chunks can be mapped by other processes */
+    bool exports;             /* chunks can be exported as descriptors of VMM */
+    bool exports_ipc;         /* chunks can be shared by cudaIpc handles */
     bool registers;           /* CPU memory can be registered */
     bool registers_read_only; /* also memory that this process has mapped read-only */
 };
@@ -46,17 +47,24 @@ const char *gpu_module_why(void);
 
 /* ---- chunks ---- */
 
+/* How other processes get a chunk. By either they get a descriptor, and import what it is. VMM: a mapping that reads can only
+ * read, the memory lives as long as anybody has it. IPC, for devices without VMM export: mappings can always write, and the
+ * memory is its maker's alone: who imported it must release it before the maker does, and lose it with the maker's process
+ * (gpu/ipc.h). */
+enum gpu_share { GPU_SHARE_VMM, GPU_SHARE_IPC };
+
 struct gpu_chunk {
     uint64_t bytes;
     uint64_t readable; /* where kernels of this process read it */
-    uint64_t writable; /* where they write it; 0: they must not, and fault if they try */
+    uint64_t writable; /* where they write it; 0: they must not, and with VMM fault if they try */
     uint64_t handle;   /* the device's own */
     int fd;            /* for other processes; -1 in those that imported it. Owned by the chunk */
+    enum gpu_share share;
 };
 
-/* Zeroed, writable. -PKV_ERR_GPU_MEMORY: not enough; -PKV_ERR_GPU_EXPORT: the device cannot share memory. */
-int gpu_device_chunk_create(struct gpu_device *device, uint64_t bytes, struct gpu_chunk *ret);
-/* `fd` stays the caller's. The memory lives until the last process has released it. */
+/* Zeroed, writable. -PKV_ERR_GPU_MEMORY: not enough; -PKV_ERR_GPU_EXPORT: the device cannot share memory like that. */
+int gpu_device_chunk_create(struct gpu_device *device, uint64_t bytes, enum gpu_share share, struct gpu_chunk *ret);
+/* `fd` stays the caller's. -PKV_ERR_GPU_IPC: a handle that cannot be opened here, for example because its maker is gone. */
 int gpu_device_chunk_import(struct gpu_device *device, int fd, uint64_t bytes, bool writable, struct gpu_chunk *ret);
 /* No copy or kernel may use it any more. */
 void gpu_device_chunk_release(struct gpu_device *device, struct gpu_chunk *chunk);

@@ -26,6 +26,11 @@ struct gpu_device_verbs {
     int (*chunk_create)(struct gpu_device *device, uint64_t bytes, struct gpu_chunk *ret);
     int (*chunk_import)(struct gpu_device *device, int fd, uint64_t bytes, bool writable, struct gpu_chunk *ret);
     void (*chunk_release)(struct gpu_device *device, struct gpu_chunk *chunk);
+    /* Chunks of GPU_SHARE_IPC (gpu/ipc.c): memory and its handle; a handle opened, once per process and never in the one that
+     * made it; memory freed if it is one's own, closed if it was opened. */
+    int (*ipc_take)(struct gpu_device *device, uint64_t bytes, uint64_t *ret_at, uint8_t ret_handle[]);
+    int (*ipc_open)(struct gpu_device *device, const uint8_t handle[], uint64_t bytes, uint64_t *ret_at);
+    void (*ipc_give)(struct gpu_device *device, uint64_t at, bool own);
     int (*pin)(struct gpu_device *device, const void *base, uint64_t bytes, bool read_only, uint64_t *ret_address);
     void (*unpin)(struct gpu_device *device, const void *base);
     int (*copy)(struct gpu_device *device, enum gpu_direction direction, const struct gpu_copy *copies, uint32_t count,

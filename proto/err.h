@@ -69,9 +69,11 @@
     X(GPU_NONE, ENODEV, "no CUDA device or driver: see `pivotkv doctor`, or use the host backend")                           \
     X(GPU_DEVICE, ENODEV, "no access to the GPU that holds the cache: see CUDA_VISIBLE_DEVICES, or use PKV_CONNECT_SERVED")  \
     X(GPU_MEMORY, ENOMEM, "the GPU has not enough free memory: lower pool-bytes, or end what else uses it")                  \
-    X(GPU_EXPORT, EOPNOTSUPP, "this GPU cannot share memory between processes (VMM descriptors): use the host backend")      \
+    X(GPU_EXPORT, EOPNOTSUPP, "this GPU cannot share memory that way (VMM, cudaIpc): see --share, or use the host one")      \
     X(GPU_REGISTER, EOPNOTSUPP, "the GPU's driver cannot pin this memory: raise the locked-memory limit; see the doctor")    \
     X(BACKEND, EPROTO, "the daemon's pool is not on that backend: start pivotkvd with another --backend, or name none")      \
+    X(GPU_IPC, EOPNOTSUPP, "the daemon's GPU memory (cudaIpc) cannot be opened here: share its PID and IPC namespaces")      \
+    X(GPU_TENANT, EPERM, "with cudaIpc one tenant maps the pool, not this one: be served, or start pivotkvd --share ipc")    \
     X(GPU_LOST, ENOTRECOVERABLE, "the GPU met a fault that ends all work on it: restart the process; the kernel log has more")
 
 enum pkv_err {

@@ -18,15 +18,15 @@ static const char *uuid_text(const uint8_t u[PKV_UUID_BYTES], char ret[48])
 
 static const char *what_lacks(const struct gpu_device_info *i)
 {
-    if (!i->exports)
-        return "its memory cannot be shared between processes (VMM descriptors): no pool on it; use the host backend";
+    if (!i->exports && !i->exports_ipc)
+        return "its memory cannot be shared between processes: no pool on it; use the host backend";
     if (!i->registers_read_only)
         return "it cannot read CPU memory that is mapped read-only: no pool on it; use the host backend";
     return i->major >= 8 ? NULL : "the kernels are built for compute capability 8.0 and later: use the host backend";
 }
 
 /* Makes what a daemon makes, once, small: a limit or a sandbox shows here. */
-static int try_it(uint32_t ordinal)
+static int try_it(uint32_t ordinal, enum gpu_share *ret_share)
 {
     struct gpu_device *device;
     struct gpu_chunk chunk;
@@ -34,7 +34,10 @@ static int try_it(uint32_t ordinal)
     int r = gpu_device_open(ordinal, &device);
     if (r)
         return r;
-    r = gpu_device_chunk_create(device, gpu_device_about(device)->grain, &chunk);
+    uint64_t bytes = gpu_device_about(device)->grain;
+    r = gpu_device_chunk_create(device, bytes, *ret_share = GPU_SHARE_VMM, &chunk);
+    if (r == -PKV_ERR_GPU_EXPORT)
+        r = gpu_device_chunk_create(device, bytes, *ret_share = GPU_SHARE_IPC, &chunk);
     void *memory = aligned_alloc(4096, PIN_BYTES);
     if (!r && memory) {
         memset(memory, 0, PIN_BYTES);
@@ -58,7 +61,10 @@ static void check_device(json_t *list, uint32_t ordinal)
     snprintf(found, sizeof(found), "%s, %s, compute capability %u.%u, %s", i.name, format_bytes(i.bytes, bytes), i.major,
              i.minor, uuid_text(i.uuid, uuid));
     const char *lack = what_lacks(&i);
-    int r = lack ? 0 : try_it(ordinal);
+    enum gpu_share share = GPU_SHARE_VMM;
+    int r = lack ? 0 : try_it(ordinal, &share);
+    if (!lack && !r && share == GPU_SHARE_IPC)
+        lack = "no VMM descriptors: a pool on it is shared by cudaIpc handles, for one tenant, or for all with --share ipc";
     doctor_say(list, check, lack || r ? DOCTOR_WARN : DOCTOR_OK, found, lack ? lack : pkv_err_text((uint32_t)-r));
 }
 

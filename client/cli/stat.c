@@ -22,6 +22,9 @@ static void gpus(const json_t *stat)
         printf("%-10s %s, %s, %llu workers\n", i ? "" : "gpus", format_text(g, "name"), format_text(g, "uuid"),
                (unsigned long long)format_number(g, "workers"));
     }
+    if (json_array_size(list) && !strcmp(format_text(stat, "share"), "ipc"))
+        printf("%-10s by cudaIpc handles: stray writes are not stopped%s%s\n", "shared",
+               format_text(stat, "mapper")[0] ? "; mapped by one tenant, " : "", format_text(stat, "mapper"));
     if (json_array_size(list))
         printf("%-10s %llu of %llu chunks of the arena\n", "pinned", (unsigned long long)format_number(stat, "pinned"),
                (unsigned long long)format_number(json_object_get(stat, "arena"), "chunks"));

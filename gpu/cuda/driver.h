@@ -37,6 +37,12 @@
     X(cuMemSetAccess)                 \
     X(cuMemExportToShareableHandle)   \
     X(cuMemImportFromShareableHandle) \
+    X(cuMemAlloc)                     \
+    X(cuMemFree)                      \
+    X(cuMemGetAddressRange)           \
+    X(cuIpcGetMemHandle)              \
+    X(cuIpcOpenMemHandle)             \
+    X(cuIpcCloseMemHandle)            \
     X(cuMemHostRegister)              \
     X(cuMemHostUnregister)            \
     X(cuMemHostGetDevicePointer)      \
@@ -96,6 +102,11 @@ int cuda_copy(struct gpu_device *device, enum gpu_direction direction, const str
               uint64_t *ret_ticket);
 int cuda_zero(struct gpu_device *device, uint64_t address, uint64_t bytes, uint64_t *ret_ticket);
 int cuda_poll(struct gpu_device *device, uint64_t ticket);
+
+/* ipc.c */
+int cuda_ipc_take(struct gpu_device *device, uint64_t bytes, uint64_t *ret_at, uint8_t ret_handle[]);
+int cuda_ipc_open(struct gpu_device *device, const uint8_t handle[], uint64_t bytes, uint64_t *ret_at);
+void cuda_ipc_give(struct gpu_device *device, uint64_t at, bool own);
 
 extern const struct gpu_device_verbs cuda_device_verbs;
 

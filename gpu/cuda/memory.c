@@ -6,7 +6,10 @@
 #include <string.h>
 #include <unistd.h>
 
-#define ZERO_NS 10000000000ull
+#define ZERO_NS       10000000000ull
+#define IPC_GRAIN     (2ull << 20)              /* smaller allocations share a block, and with it a cudaIpc handle */
+#define IPC_SUPPORTED ((CUdevice_attribute)125) /* CU_DEVICE_ATTRIBUTE_IPC_EVENT_SUPPORTED, which older toolkits do not name \
+                                                 */
 
 static bool has(const struct cuda_driver *cu, CUdevice device, CUdevice_attribute what)
 {
@@ -18,6 +21,14 @@ static uint32_t number(const struct cuda_driver *cu, CUdevice device, CUdevice_a
 {
     int value = 0;
     return cu->cuDeviceGetAttribute(&value, what, device) == CUDA_SUCCESS ? (uint32_t)value : 0;
+}
+
+/* Older drivers do not know the attribute; the first handle tells then. */
+static bool has_ipc(const struct cuda_driver *cu, CUdevice device)
+{
+    int value = 0;
+    bool refused = cu->cuDeviceGetAttribute(&value, IPC_SUPPORTED, device) == CUDA_SUCCESS && !value;
+    return !refused && has(cu, device, CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING);
 }
 
 static CUmemAllocationProp properties(CUdevice device)
@@ -63,8 +74,9 @@ static int probe(uint32_t ordinal, struct gpu_device_info *ret)
     CUmemAllocationProp p = properties(device);
     bool vmm = has(cu, device, CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED) &&
                cu->cuMemGetAllocationGranularity(&grain, &p, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED) == CUDA_SUCCESS;
-    i.bytes = bytes, i.driver = (uint32_t)version, i.grain = grain ? grain : 1;
+    i.bytes = bytes, i.driver = (uint32_t)version, i.grain = PKV_MAX(grain, IPC_GRAIN);
     i.exports = vmm && has(cu, device, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED);
+    i.exports_ipc = has_ipc(cu, device);
     i.registers = has(cu, device, CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED);
     i.registers_read_only = i.registers && has(cu, device, CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED);
     *ret = i;
@@ -159,13 +171,14 @@ static int create(struct cuda_device *d, uint64_t bytes, struct gpu_chunk *c)
     CUmemGenericAllocationHandle handle;
     int r = cuda_device_error(d, d->cu->cuMemCreate(&handle, bytes, &p, 0));
     if (r)
-        return r;
+        return r == -PKV_ERR_UNSUPPORTED ? -PKV_ERR_GPU_EXPORT : r;
     *c = (struct gpu_chunk){.bytes = bytes, .handle = handle, .fd = -1};
     r = map(d, handle, bytes, true, &c->writable);
     c->readable = c->writable;
-    return r ? r
-             : cuda_device_error(
-                   d, d->cu->cuMemExportToShareableHandle(&c->fd, handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0));
+    if (r)
+        return r;
+    r = cuda_device_error(d, d->cu->cuMemExportToShareableHandle(&c->fd, handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0));
+    return r && r != -PKV_ERR_GPU_LOST ? -PKV_ERR_GPU_EXPORT : r; /* whatever it is called, the remedy is the same */
 }
 
 static int chunk_create(struct gpu_device *base, uint64_t bytes, struct gpu_chunk *ret)
@@ -256,6 +269,9 @@ const struct gpu_device_verbs cuda_device_verbs = {
     .chunk_create = chunk_create,
     .chunk_import = chunk_import,
     .chunk_release = chunk_release,
+    .ipc_take = cuda_ipc_take,
+    .ipc_open = cuda_ipc_open,
+    .ipc_give = cuda_ipc_give,
     .pin = pin,
     .unpin = unpin,
     .copy = cuda_copy,

@@ -11,8 +11,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define GRAIN     (64u << 10)
-#define CHUNK_MAX (1ull << 30)
+#define GRAIN (64u << 10)
 
 struct task {
     enum { TASK_COPY, TASK_ZERO } kind;
@@ -48,11 +47,6 @@ struct fake_faults *fake_faults(void)
 {
     pthread_once(&once, map_faults);
     return faults;
-}
-
-static void add(uint32_t *word, uint32_t n)
-{
-    __atomic_fetch_add(word, n, __ATOMIC_ACQ_REL);
 }
 
 /* True when the countdown reached zero in this call (`last`), or had not yet (otherwise). */
@@ -91,6 +85,7 @@ static int probe(uint32_t ordinal, struct gpu_device_info *ret)
                                     .bytes = 1ull << 40,
                                     .grain = GRAIN,
                                     .exports = !fake_get(&fake_faults()->no_export),
+                                    .exports_ipc = !fake_get(&fake_faults()->no_ipc),
                                     .registers = true,
                                     .registers_read_only = true};
     snprintf(ret->name, sizeof(ret->name), "Fake %u", ordinal);
@@ -129,12 +124,12 @@ static void carry_out(struct fake *d, const struct task *t)
     char *to = (char *)(uintptr_t)t->to;
     if (t->kind == TASK_ZERO) {
         memset(to, 0, t->bytes);
-        add(&fake_faults()->zeroed, 1);
+        fake_add(&fake_faults()->zeroed, 1);
         return;
     }
     bool half = count_down(&fake_faults()->lost_in_copies, true);
     carry(to, (const char *)(uintptr_t)t->from, half ? t->bytes / 2 : t->bytes);
-    add(&fake_faults()->copies, 1);
+    fake_add(&fake_faults()->copies, 1);
     if (half)
         __atomic_store_n(&fake_faults()->lost, 1, __ATOMIC_RELEASE);
 }
@@ -187,7 +182,9 @@ static int chunk_create(struct gpu_device *d, uint64_t bytes, struct gpu_chunk *
     struct gpu_chunk c = {.bytes = bytes, .fd = -1};
     if (lost(d))
         return -PKV_ERR_GPU_LOST;
-    if (fake_get(&fake_faults()->refuse_create) || bytes > CHUNK_MAX)
+    if (fake_get(&fake_faults()->refuse_export))
+        return -PKV_ERR_GPU_EXPORT;
+    if (fake_get(&fake_faults()->refuse_create) || bytes > FAKE_CHUNK_MAX)
         return -PKV_ERR_GPU_MEMORY;
     c.fd = memfd_create("fake", MFD_CLOEXEC);
     int r =
@@ -197,7 +194,7 @@ static int chunk_create(struct gpu_device *d, uint64_t bytes, struct gpu_chunk *
     if (r)
         return r;
     c.readable = c.writable;
-    add(&fake_faults()->chunks, 1);
+    fake_add(&fake_faults()->chunks, 1);
     *ret = c;
     return 0;
 }
@@ -210,7 +207,7 @@ static void chunk_release(struct gpu_device *d, struct gpu_chunk *c)
     munmap((void *)(uintptr_t)c->readable, c->bytes);
     if (c->fd >= 0)
         close(c->fd);
-    add(&fake_faults()->chunks, UINT32_MAX);
+    fake_add(&fake_faults()->chunks, UINT32_MAX);
 }
 
 static int chunk_import(struct gpu_device *d, int fd, uint64_t bytes, bool writable, struct gpu_chunk *ret)
@@ -225,7 +222,7 @@ static int chunk_import(struct gpu_device *d, int fd, uint64_t bytes, bool writa
         munmap((void *)(uintptr_t)c.readable, bytes);
     if (r)
         return r;
-    add(&fake_faults()->chunks, 1);
+    fake_add(&fake_faults()->chunks, 1);
     *ret = c;
     return 0;
 }
@@ -239,7 +236,7 @@ static int pin(struct gpu_device *d, const void *base, uint64_t bytes, bool read
         return -PKV_ERR_GPU_LOST;
     if (fake_get(&fake_faults()->refuse_register) || (read_only && fake_get(&fake_faults()->refuse_read_only)))
         return -PKV_ERR_GPU_REGISTER;
-    add(&fake_faults()->pins, 1);
+    fake_add(&fake_faults()->pins, 1);
     *ret = (uint64_t)(uintptr_t)base;
     return 0;
 }
@@ -247,7 +244,7 @@ static int pin(struct gpu_device *d, const void *base, uint64_t bytes, bool read
 static void unpin(struct gpu_device *d, const void *base)
 {
     (void)d, (void)base;
-    add(&fake_faults()->pins, UINT32_MAX);
+    fake_add(&fake_faults()->pins, UINT32_MAX);
 }
 
 /* ---- copies ---- */
@@ -281,7 +278,7 @@ static int copy(struct gpu_device *base, enum gpu_direction direction, const str
     for (uint32_t i = 0; i < n && room; i++) {
         d->issued += i + 1 == n;
         push(d, &(struct task){TASK_COPY, copies[i].to, copies[i].from, copies[i].bytes, i + 1 == n ? d->issued : 0, NULL});
-        add(&fake_faults()->bytes_copied, (uint32_t)copies[i].bytes);
+        fake_add(&fake_faults()->bytes_copied, (uint32_t)copies[i].bytes);
     }
     *ret_ticket = d->issued;
     pthread_mutex_unlock(&d->lock);
@@ -320,6 +317,9 @@ const struct gpu_device_verbs fake_device_verbs = {
     .chunk_create = chunk_create,
     .chunk_import = chunk_import,
     .chunk_release = chunk_release,
+    .ipc_take = fake_ipc_take,
+    .ipc_open = fake_ipc_open,
+    .ipc_give = fake_ipc_give,
     .pin = pin,
     .unpin = unpin,
     .copy = copy,

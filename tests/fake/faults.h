@@ -14,7 +14,8 @@ struct fake_faults {
     uint32_t steps_hang;     /* while set, streams do not come to the end of a batch's step */
     uint32_t copy_delay_us;  /* before each copy */
     uint32_t refuse_create, refuse_import, refuse_register, refuse_read_only; /* while set */
-    uint32_t no_export;                                                       /* the device cannot share memory */
+    uint32_t no_export, no_ipc; /* the device says that it cannot share memory by VMM descriptors, by cudaIpc handles */
+    uint32_t refuse_export;     /* it says that it can by descriptors, and cannot */
     /* written by the device */
     uint32_t copies, bytes_copied, chunks, pins; /* done so far; alive now, in all processes */
     uint32_t zeroed;

@@ -33,6 +33,20 @@ static struct pkv *attach_with(const struct test_daemon *d, const char *backend,
     return kv;
 }
 
+static int connect_as(const struct test_daemon *d, const char *tenant, const char *backend, struct pkv **ret)
+{
+    struct pkv_options o = {
+        .size = sizeof(o), .threads = 1, .tenant = tenant, .label = "test", .backend = backend, .timeout_ms = 5000};
+    return pkv_connect(d->socket, &o, ret);
+}
+
+static struct pkv *attach_as(const struct test_daemon *d, const char *tenant)
+{
+    struct pkv *kv = NULL;
+    GOOD(NULL, connect_as(d, tenant, NULL, &kv));
+    return kv;
+}
+
 static struct pkv_seq *create(struct pkv *kv)
 {
     struct pkv_seq *seq = NULL;
@@ -40,19 +54,26 @@ static struct pkv_seq *create(struct pkv *kv)
     return seq;
 }
 
-static void assert_serves(struct pkv *kv)
+static void assert_serves_some(struct pkv *kv, uint32_t tokens)
 {
     struct pkv_seq *seq = create(kv);
-    GOOD(kv, append_all(seq, k, v, TOKENS));
-    assert_exact(kv, seq, k, v, q, TOKENS);
+    GOOD(kv, append_all(seq, k, v, tokens));
+    assert_exact(kv, seq, k, v, q, tokens);
     GOOD(kv, pkv_seq_close(seq));
 }
+
+static void assert_serves(struct pkv *kv)
+{
+    assert_serves_some(kv, TOKENS);
+}
+
+static const char *share; /* as the test was started with */
 
 static int begin(void **state)
 {
     (void)state;
     *faults = (struct fake_faults){.lost = 0};
-    return 0;
+    return share ? setenv("PIVOTKV_TEST_SHARE", share, 1) : unsetenv("PIVOTKV_TEST_SHARE");
 }
 
 static void test_a_failed_copy_is_made_again(void **state)
@@ -280,21 +301,95 @@ static void test_tenants_share_no_chunk(void **state)
     start(&d, "");
     for (int i = 0; i < 3; i++) {
         char tenant[8] = {'t', (char)('0' + i)};
-        struct pkv_options o = {.size = sizeof(o), .threads = 1, .tenant = tenant};
-        struct pkv *kv = NULL;
-        GOOD(NULL, pkv_connect(d.socket, &o, &kv));
+        struct pkv *kv = attach_as(&d, tenant);
         assert_serves(kv);
         pkv_close(kv);
     }
     faults->refuse_create = 1; /* where no fresh one can be had, the old one is not handed out */
-    struct pkv_options o = {.size = sizeof(o), .threads = 1, .tenant = "last", .timeout_ms = 5000};
-    struct pkv *kv = NULL;
-    GOOD(NULL, pkv_connect(d.socket, &o, &kv));
+    struct pkv *kv = attach_as(&d, "last");
     struct pkv_seq *seq = create(kv);
     assert_int_equal(append_all(seq, k, v, TOKENS), -ENOTRECOVERABLE);
     pkv_close(kv);
     assert_true(test_daemon_said(&d, "somebody still holds the old one"));
     assert_int_equal(test_daemon_ended(&d), 3);
+}
+
+static void assert_described(const struct pkv *kv, const char *words)
+{
+    if (!strstr(pkv_describe(kv), words))
+        fail_msg("%s", pkv_describe(kv));
+}
+
+static void assert_stat(const struct test_daemon *d, const char *key, const char *value)
+{
+    json_t *stat = stat_json(d, "stat");
+    assert_string_equal(json_string_value(json_object_get(stat, key)), value);
+    json_decref(stat);
+}
+
+/* Where VMM cannot export, the pool is shared by cudaIpc handles: one tenant maps it, the others are served. */
+static void test_cudaipc_is_for_one_tenant(void **state)
+{
+    (void)state;
+    struct test_daemon d;
+    struct pkv *none = NULL;
+    setenv("PIVOTKV_TEST_SHARE", "auto", 1);
+    faults->no_export = 1;
+    start_with(&d, "16M", ""); /* a chunk goes to another tenant only when nobody has it mapped */
+    assert_true(test_daemon_said(&d, "shared by cudaIpc handles, as VMM descriptors are not to be had"));
+    assert_stat(&d, "share", "ipc");
+    struct pkv *first = attach_as(&d, "first"), *early = attach_as(&d, "early");
+    assert_described(first, "direct on cuda");
+    assert_described(early, "direct on cuda"); /* nobody has mapped it yet */
+    assert_serves_some(first, 640);
+    assert_stat(&d, "mapper", "first");
+    struct pkv_seq *seq = create(early);
+    assert_int_equal(append_all(seq, k, v, 64), -EPERM); /* no handle is handed out, whatever was settled */
+    assert_non_null(strstr(pkv_error(early), "--share ipc"));
+    pkv_close(early);
+    struct pkv *other = attach_as(&d, "other"), *same = attach_as(&d, "first");
+    assert_described(other, "served: with cudaIpc one tenant maps the pool");
+    assert_serves_some(other, 640);
+    assert_described(same, "direct on cuda");
+    assert_serves_some(same, 640);
+    pkv_close(same);
+    pkv_close(first);
+    assert_int_equal(connect_as(&d, "other", "cuda", &none), -EPERM); /* also when it has left */
+    assert_non_null(strstr(pkv_error(NULL), "--share ipc"));
+    GOOD(NULL, connect_as(&d, "first", "cuda", &first));
+    assert_serves_some(first, 640);
+    pkv_close(first), pkv_close(other);
+    test_daemon_stop(&d);
+    assert_int_equal(faults->chunks + faults->pins, 0);
+}
+
+static void test_cudaipc_for_all_tenants(void **state)
+{
+    (void)state;
+    struct test_daemon d;
+    setenv("PIVOTKV_TEST_SHARE", "ipc", 1);
+    start_with(&d, "16M", "");
+    assert_true(test_daemon_said(&d, "all tenants map it"));
+    struct pkv *kv[3] = {attach_as(&d, "a"), attach_as(&d, "b"), attach_as(&d, "a")}; /* twice in one process */
+    struct pkv_seq *seq[3];
+    for (int i = 0; i < 3; i++) {
+        seq[i] = create(kv[i]);
+        assert_described(kv[i], "direct on cuda");
+        GOOD(kv[i], append_all(seq[i], k + 64 * i, v + 64 * i, 640));
+    }
+    for (int i = 0; i < 3; i++) {
+        assert_exact(kv[i], seq[i], k + 64 * i, v + 64 * i, q, 640);
+        pkv_close(kv[i]);
+    }
+    faults->refuse_import = 1; /* another PID namespace, a sandbox */
+    kv[0] = attach_as(&d, "a");
+    seq[0] = create(kv[0]);
+    assert_int_equal(append_all(seq[0], k, v, 64), -EOPNOTSUPP);
+    assert_non_null(strstr(pkv_error(kv[0]), "PID and IPC namespaces"));
+    faults->refuse_import = 0;
+    pkv_close(kv[0]);
+    test_daemon_stop(&d);
+    assert_int_equal(faults->chunks + faults->pins, 0);
 }
 
 static void test_daemons_that_cannot_start(void **state)
@@ -308,8 +403,11 @@ static void test_daemons_that_cannot_start(void **state)
     faults->refuse_register = 0, faults->refuse_create = 1;
     assert_int_equal(test_daemon_status(path, flags), 1);
     faults->refuse_create = 0, faults->no_export = 1;
+    const char *const vmm[] = {"--share", "vmm", NULL};
+    assert_int_equal(test_daemon_status(path, vmm), 1);
+    faults->no_ipc = 1;
     assert_int_equal(test_daemon_status(path, flags), 1);
-    faults->no_export = 0, faults->lost = 1;
+    faults->no_export = faults->no_ipc = 0, faults->lost = 1;
     assert_int_equal(test_daemon_status(path, flags), 1);
     faults->lost = 0;
     const char *const missing[] = {"--device", "5", NULL}, *const coarse[] = {
@@ -338,6 +436,7 @@ int main(int argc, char **argv)
     bool devices = argc > 1 && !strcmp(argv[1], "devices");
     faults = devices ? &none : test_faults();
     setenv("PIVOTKV_TEST_BACKEND", "cuda", 1);
+    share = getenv("PIVOTKV_TEST_SHARE") ? strdup(getenv("PIVOTKV_TEST_SHARE")) : NULL;
     k = test_floats(1, TOKENS * ROW), v = test_floats(2, TOKENS * ROW), q = test_floats(3, QUERY);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup(test_a_failed_copy_is_made_again, begin),
@@ -349,10 +448,12 @@ int main(int argc, char **argv)
         cmocka_unit_test_setup(test_lost_while_a_grant_waits, begin),
         cmocka_unit_test_setup(test_several_devices, begin),
         cmocka_unit_test_setup(test_tenants_share_no_chunk, begin),
+        cmocka_unit_test_setup(test_cudaipc_is_for_one_tenant, begin),
+        cmocka_unit_test_setup(test_cudaipc_for_all_tenants, begin),
         cmocka_unit_test_setup(test_daemons_that_cannot_start, begin),
     };
     const struct CMUnitTest several[] = {cmocka_unit_test_setup(test_several_devices, begin)};
     int r = devices ? cmocka_run_group_tests(several, NULL, NULL) : cmocka_run_group_tests(tests, NULL, NULL);
-    free(k), free(v), free(q);
+    free(k), free(v), free(q), free((void *)(uintptr_t)share);
     return r;
 }

@@ -117,7 +117,7 @@ static uint64_t bench_pool(uint32_t chunks)
     struct gpu_chunk *c = calloc(chunks, sizeof(*c)), *imported = calloc(chunks, sizeof(*imported));
     double begin = now();
     for (uint32_t i = 0; i < chunks; i++)
-        good(gpu_device_chunk_create(device, GIB, &c[i]), "pool");
+        good(gpu_device_chunk_create(device, GIB, GPU_SHARE_VMM, &c[i]), "pool");
     double made = now();
     for (uint32_t i = 0; i < chunks; i++)
         good(gpu_device_chunk_import(device, c[i].fd, GIB, true, &imported[i]), "import");
@@ -221,7 +221,7 @@ static int mover(int in, int out)
     uint64_t address;
     struct offload_chunk_options options = {.bytes = GIB, .best = OFFLOAD_HUGETLB, .populate = 4};
     good(gpu_device_open(0, &device), "open");
-    good(gpu_device_chunk_create(device, GIB, &pool), "pool");
+    good(gpu_device_chunk_create(device, GIB, GPU_SHARE_VMM, &pool), "pool");
     good(offload_chunk_create(&options, &c) ? -PKV_ERR_NO_MEMORY : 0, "arena");
     good(gpu_device_register(device, c.base, GIB, false, &address), "register");
     if (write(out, "r", 1) != 1 || read(in, &byte, 1) != 1)

@@ -26,7 +26,7 @@ struct twin {
 static struct gpu_chunk chunk(uint64_t bytes)
 {
     struct gpu_chunk c;
-    MUST(gpu_device_chunk_create(device, PKV_ALIGN_UP(bytes, gpu_device_about(device)->grain), &c) == 0);
+    MUST(gpu_device_chunk_create(device, PKV_ALIGN_UP(bytes, gpu_device_about(device)->grain), GPU_SHARE_VMM, &c) == 0);
     return c;
 }
 

@@ -1,5 +1,6 @@
 /* The memory of a device against its contract (gpu/device.h): chunks, other processes, copies, tickets, registered memory. Runs
- * on whatever module $PIVOTKV_CUDA_MODULE names: on a CPU the fake one, whose faults are tried too. */
+ * on whatever module $PIVOTKV_CUDA_MODULE names: on a CPU the fake one, whose faults are tried too.
+ * usage: check_device [ipc]   `ipc`: chunks shared by cudaIpc handles; what is special about these is in check_ipc.c */
 #include "gpu/device.h"
 #include "tests/lib/faults.h"
 #include "tests/lib/pass.h"
@@ -22,6 +23,7 @@ enum { SECOND = 1000000000 };
 #define CHUNK (4ull << 20)
 
 static struct gpu_device *device;
+static enum gpu_share share = GPU_SHARE_VMM;
 static struct fake_faults *faults; /* NULL: a real device */
 
 static int setup(void **state)
@@ -82,7 +84,7 @@ static void test_chunk_is_zeroed_and_copied(void **state)
     char *zeroes = calloc(1, CHUNK), *bytes = bytes_of(CHUNK, 1);
     struct gpu_chunk c;
     for (int round = 0; round < 3; round++) { /* what was written before is gone */
-        assert_int_equal(gpu_device_chunk_create(device, CHUNK, &c), 0);
+        assert_int_equal(gpu_device_chunk_create(device, CHUNK, share, &c), 0);
         assert_true(c.fd >= 0 && c.bytes == CHUNK && c.readable && c.writable);
         assert_holds(c.readable, zeroes, CHUNK);
         put(&c, bytes);
@@ -91,9 +93,9 @@ static void test_chunk_is_zeroed_and_copied(void **state)
         assert_int_equal(c.fd, -1);
         gpu_device_chunk_release(device, &c); /* of nothing */
     }
-    assert_int_equal(gpu_device_chunk_create(device, 0, &c), -PKV_ERR_INVALID);
-    assert_int_equal(gpu_device_chunk_create(device, gpu_device_about(device)->grain + 1, &c), -PKV_ERR_INVALID);
-    assert_int_equal(gpu_device_chunk_create(device, 1ull << 50, &c), -PKV_ERR_GPU_MEMORY);
+    assert_int_equal(gpu_device_chunk_create(device, 0, share, &c), -PKV_ERR_INVALID);
+    assert_int_equal(gpu_device_chunk_create(device, gpu_device_about(device)->grain + 1, share, &c), -PKV_ERR_INVALID);
+    assert_int_equal(gpu_device_chunk_create(device, 1ull << 50, share, &c), -PKV_ERR_GPU_MEMORY);
     assert_false(gpu_device_lost(device));
     free(zeroes), free(bytes);
 }
@@ -103,16 +105,17 @@ static void test_import_sees_and_writes(void **state)
     (void)state;
     char *bytes = bytes_of(CHUNK, 2), *others = bytes_of(CHUNK, 3);
     struct gpu_chunk c, reader, writer;
-    assert_int_equal(gpu_device_chunk_create(device, CHUNK, &c), 0);
+    assert_int_equal(gpu_device_chunk_create(device, CHUNK, share, &c), 0);
     put(&c, bytes);
     assert_int_equal(gpu_device_chunk_import(device, c.fd, CHUNK, false, &reader), 0);
     assert_int_equal(gpu_device_chunk_import(device, c.fd, CHUNK, true, &writer), 0);
-    assert_true(!reader.writable && writer.writable && writer.readable != writer.writable && reader.fd == -1);
+    assert_true(!reader.writable && writer.writable && reader.fd == -1);
+    assert_true((writer.readable == writer.writable) == (share == GPU_SHARE_IPC));
     assert_holds(reader.readable, bytes, CHUNK);
     put(&writer, others);
     assert_holds(reader.readable, others, CHUNK);
     assert_holds(c.readable, others, CHUNK);
-    gpu_device_chunk_release(device, &c); /* the memory outlives its maker */
+    gpu_device_chunk_release(device, &c); /* the memory lives until the last one of the process has gone */
     assert_holds(reader.readable, others, CHUNK);
     gpu_device_chunk_release(device, &reader);
     gpu_device_chunk_release(device, &writer);
@@ -145,7 +148,7 @@ static void test_registered_memory(void **state)
     assert_true(readable != MAP_FAILED);
     uint64_t address = 0, read_only = 0;
     struct gpu_chunk c;
-    assert_int_equal(gpu_device_chunk_create(device, CHUNK, &c), 0);
+    assert_int_equal(gpu_device_chunk_create(device, CHUNK, share, &c), 0);
     put(&c, bytes);
     assert_int_equal(gpu_device_register(device, mine, CHUNK, false, &address), 0);
     assert_int_equal(gpu_device_register(device, readable, CHUNK, true, &read_only), 0);
@@ -174,8 +177,8 @@ static void test_batches(void **state)
     struct gpu_chunk a, b;
     struct gpu_copy copies[PIECES];
     uint64_t ticket;
-    assert_int_equal(gpu_device_chunk_create(device, CHUNK, &a), 0);
-    assert_int_equal(gpu_device_chunk_create(device, CHUNK, &b), 0);
+    assert_int_equal(gpu_device_chunk_create(device, CHUNK, share, &a), 0);
+    assert_int_equal(gpu_device_chunk_create(device, CHUNK, share, &b), 0);
     for (uint32_t i = 0; i < PIECES; i++) {
         uint32_t at = i < PIECES / 2 ? i : PIECES - 1 - (i - PIECES / 2);
         copies[i] =
@@ -206,7 +209,7 @@ static void test_tickets(void **state)
     struct gpu_chunk c;
     uint64_t ticket = 0, last = 0;
     uint32_t full = 0;
-    assert_int_equal(gpu_device_chunk_create(device, CHUNK, &c), 0);
+    assert_int_equal(gpu_device_chunk_create(device, CHUNK, share, &c), 0);
     for (uint32_t i = 0; i < 5 * GPU_TICKETS; i++) {
         struct gpu_copy copy = {c.writable + CHUNK / 2, c.readable, CHUNK / 2};
         int r;
@@ -234,7 +237,7 @@ static void maker(int socket)
 {
     struct gpu_chunk c;
     char byte, *bytes = bytes_of(CHUNK, 6);
-    if (gpu_device_open(0, &device) || gpu_device_chunk_create(device, CHUNK, &c))
+    if (gpu_device_open(0, &device) || gpu_device_chunk_create(device, CHUNK, share, &c))
         _exit(1);
     put(&c, bytes);
     if (!test_send_fd(socket, c.fd))
@@ -247,6 +250,7 @@ static void maker(int socket)
 static pid_t maker_pid;
 static int maker_socket;
 
+/* Of VMM, that is; by cudaIpc it is used as long as the maker lives. */
 static void test_memory_outlives_its_maker(void **state)
 {
     (void)state;
@@ -259,7 +263,8 @@ static void test_memory_outlives_its_maker(void **state)
     assert_int_equal(write(maker_socket, "x", 1), 1);
     assert_int_equal(waitpid(maker_pid, &status, 0), maker_pid);
     assert_true(WIFSIGNALED(status));
-    assert_holds(c.readable, bytes, CHUNK);
+    if (share == GPU_SHARE_VMM)
+        assert_holds(c.readable, bytes, CHUNK);
     gpu_device_chunk_release(device, &c);
     close(fd);
     free(bytes);
@@ -275,7 +280,7 @@ static void test_refusals(void **state)
     char memory[64];
     struct gpu_copy copy = {(uint64_t)(uintptr_t)memory, (uint64_t)(uintptr_t)memory, 0};
     faults->refuse_create = faults->refuse_register = faults->copies_fail = 1;
-    assert_int_equal(gpu_device_chunk_create(device, CHUNK, &c), -PKV_ERR_GPU_MEMORY);
+    assert_int_equal(gpu_device_chunk_create(device, CHUNK, share, &c), -PKV_ERR_GPU_MEMORY);
     assert_int_equal(gpu_device_register(device, memory, sizeof(memory), false, &address), -PKV_ERR_GPU_REGISTER);
     assert_int_equal(gpu_device_copy(device, GPU_TO_HOST, &copy, 1, &ticket), -PKV_ERR_SYSTEM);
     assert_int_equal(gpu_device_copy(device, GPU_TO_HOST, &copy, 0, &ticket), -PKV_ERR_INVALID);
@@ -312,7 +317,7 @@ static void test_lost_is_for_good(void **state)
     assert_int_equal(gpu_device_wait(device, ticket, 5ull * SECOND), -PKV_ERR_GPU_LOST);
     assert_true(gpu_device_lost(device));
     assert_int_equal(gpu_device_copy(device, GPU_TO_HOST, &copy, 1, &ticket), -PKV_ERR_GPU_LOST);
-    assert_int_equal(gpu_device_chunk_create(device, CHUNK, &c), -PKV_ERR_GPU_LOST);
+    assert_int_equal(gpu_device_chunk_create(device, CHUNK, share, &c), -PKV_ERR_GPU_LOST);
     assert_int_equal(gpu_device_register(device, from, sizeof(from), true, &address), -PKV_ERR_GPU_LOST);
     assert_int_equal(gpu_device_zero(device, 0, 0, &ticket), -PKV_ERR_GPU_LOST);
     faults->lost = 0;
@@ -331,8 +336,9 @@ static pid_t fork_maker(void)
     return pid;
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
+    share = argc > 1 && !strcmp(argv[1], "ipc") ? GPU_SHARE_IPC : GPU_SHARE_VMM;
     const char *module = getenv("PIVOTKV_CUDA_MODULE"), *fake = getenv("PIVOTKV_FAKE_MODULE");
     if (module && fake && !strcmp(module, fake))
         faults = test_faults();

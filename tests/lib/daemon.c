@@ -17,7 +17,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define ARGUMENTS 30
+#define ARGUMENTS 32
 
 static pid_t spawn(const char *socket, const char *const *flags, const char *log)
 {
@@ -28,9 +28,11 @@ static pid_t spawn(const char *socket, const char *const *flags, const char *log
     if (pid)
         return pid;
     const char *backend = getenv("PIVOTKV_TEST_BACKEND");
-    const char *argv[ARGUMENTS] = {binary, "--socket", socket, "--backend", backend ? backend : "host"};
-    for (int i = 0; flags[i] && i + 6 < ARGUMENTS; i++)
-        argv[5 + i] = flags[i];
+    const char *share = getenv("PIVOTKV_TEST_SHARE");
+    const char *argv[ARGUMENTS] = {
+        binary, "--socket", socket, "--backend", backend ? backend : "host", "--share", share ? share : "auto"};
+    for (int i = 0; flags[i] && i + 8 < ARGUMENTS; i++)
+        argv[7 + i] = flags[i];
     prctl(PR_SET_PDEATHSIG, SIGKILL); /* a test that dies leaves nothing behind */
     int fd = open(log, O_WRONLY | O_CREAT | O_APPEND, 0600);
     if (fd >= 0)

@@ -9,7 +9,8 @@ struct test_daemon {
     char folder[64], socket[80], log[80];
 };
 
-/* `flags`: NULL-terminated, beside --socket and --backend ($PIVOTKV_TEST_BACKEND, else host); at most 24. Fails the test if the
+/* `flags`: NULL-terminated, beside --socket, --backend ($PIVOTKV_TEST_BACKEND, else host) and --share ($PIVOTKV_TEST_SHARE); at
+ * most 24. Fails the test if the
  * daemon does not listen within 20 s. */
 void test_daemon_start(struct test_daemon *daemon, const char *const *flags);
 /* SIGTERM, and fails the test unless it ends cleanly within 10 s. The folder goes. */

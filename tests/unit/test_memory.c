@@ -134,6 +134,26 @@ static void test_reset_on_devices(void **state)
     assert_int_equal(faults->pins + faults->chunks, 0);
 }
 
+/* The descriptor of the old chunk opens nothing any more. */
+static void test_reset_of_ipc(void **state)
+{
+    (void)state;
+    struct memory m;
+    struct gpu_chunk c;
+    assert_int_equal(create(&m, &devices, 3 * MIB, 2 * MIB, 0), 0);
+    int kept = dup(memory_fd(&m, PKV_TIER_POOL, 1));
+    memset((char *)(uintptr_t)m.bases[PKV_TIER_POOL][1], 0x5a, MIB);
+    assert_int_equal(memory_reset(&m, PKV_TIER_POOL, 1), 0);
+    const char *now = (const char *)(uintptr_t)m.bases[PKV_TIER_POOL][1];
+    for (uint32_t i = 0; i < MIB; i++)
+        assert_int_equal(now[i], 0);
+    assert_int_equal(gpu_device_chunk_import(devices.device[1], kept, MIB, true, &c), -PKV_ERR_GPU_IPC);
+    close(kept);
+    assert_int_equal(faults->chunks, 3);
+    memory_destroy(&m);
+    assert_int_equal(faults->chunks, 0);
+}
+
 static void test_device_refuses(void **state)
 {
     (void)state;
@@ -154,37 +174,78 @@ static void test_names(void **state)
     (void)state;
     struct devices d;
     char uuid[DEVICES_UUID_TEXT], both[128];
-    assert_int_equal(devices_open(&d, "host", "7"), 0);
+    assert_int_equal(devices_open(&d, "host", "7", DEVICES_SHARE_AUTO), 0);
     assert_int_equal(d.count, 0);
-    assert_int_equal(devices_open(&d, "auto", ""), 0);
+    assert_int_equal(devices_open(&d, "auto", "", DEVICES_SHARE_AUTO), 0);
     assert_int_equal(d.count, 1);
     devices_uuid_text(gpu_device_about(d.device[0])->uuid, uuid);
     assert_string_equal(uuid, "GPU-face0000-0000-0000-0000-000000000000");
     devices_close(&d);
-    assert_int_equal(devices_open(&d, "cuda", "GPU-face01"), 0);
+    assert_int_equal(devices_open(&d, "cuda", "GPU-face01", DEVICES_SHARE_AUTO), 0);
     assert_int_equal(gpu_device_about(d.device[0])->ordinal, 1);
     devices_close(&d);
     snprintf(both, sizeof(both), "1,%s,1", uuid);
-    assert_int_equal(devices_open(&d, "cuda", both), 0);
+    assert_int_equal(devices_open(&d, "cuda", both, DEVICES_SHARE_AUTO), 0);
     assert_int_equal(d.count, 2);
     assert_int_equal(devices_find(&d, gpu_device_about(d.device[1])->uuid), 1);
     assert_int_equal(devices_find(&d, (const uint8_t[PKV_UUID_BYTES]){1}), DEVICES_MAX);
     devices_close(&d);
-    assert_int_equal(devices_open(&d, "cuda", "2"), -ENODEV);
-    assert_int_equal(devices_open(&d, "auto", "0,gpu"), -ENODEV); /* what was named must be there */
-    assert_int_equal(devices_open(&d, "cuda", "GPU-"), -ENODEV);
-    faults->no_export = 1;
-    assert_int_equal(devices_open(&d, "cuda", "1"), -EOPNOTSUPP);
-    assert_int_equal(devices_open(&d, "cuda", ""), -ENODEV);
-    assert_int_equal(devices_open(&d, "auto", ""), 0);
+    assert_int_equal(devices_open(&d, "cuda", "2", DEVICES_SHARE_AUTO), -ENODEV);
+    assert_int_equal(devices_open(&d, "auto", "0,gpu", DEVICES_SHARE_AUTO), -ENODEV); /* what was named must be there */
+    assert_int_equal(devices_open(&d, "cuda", "GPU-", DEVICES_SHARE_AUTO), -ENODEV);
+    faults->no_export = faults->no_ipc = 1;
+    assert_int_equal(devices_open(&d, "cuda", "1", DEVICES_SHARE_AUTO), -EOPNOTSUPP);
+    assert_int_equal(devices_open(&d, "cuda", "", DEVICES_SHARE_AUTO), -ENODEV);
+    assert_int_equal(devices_open(&d, "auto", "", DEVICES_SHARE_AUTO), 0);
     assert_int_equal(d.count, 0);
-    faults->no_export = 0;
+    faults->no_export = faults->no_ipc = 0;
+}
+
+static void assert_shares(enum devices_share asked, int r, enum gpu_share share, bool one_tenant)
+{
+    struct devices d;
+    assert_int_equal(devices_open(&d, "cuda", "all", asked), r);
+    assert_int_equal(faults->chunks, 0); /* what was tried is gone */
+    if (r)
+        return;
+    assert_int_equal(d.count, 2);
+    assert_int_equal(d.share, share);
+    assert_int_equal(d.one_tenant, one_tenant);
+    devices_close(&d);
+}
+
+static void test_how_memory_is_shared(void **state)
+{
+    (void)state;
+    assert_shares(DEVICES_SHARE_AUTO, 0, GPU_SHARE_VMM, false);
+    assert_shares(DEVICES_SHARE_VMM, 0, GPU_SHARE_VMM, false);
+    assert_shares(DEVICES_SHARE_IPC, 0, GPU_SHARE_IPC, false);
+    uint32_t *lacks[] = {&faults->no_export, &faults->refuse_export}; /* said beforehand, or not */
+    for (size_t i = 0; i < 2; i++) {
+        *lacks[i] = 1;
+        assert_shares(DEVICES_SHARE_AUTO, 0, GPU_SHARE_IPC, true);
+        assert_shares(DEVICES_SHARE_VMM, -EOPNOTSUPP, 0, false);
+        assert_shares(DEVICES_SHARE_IPC, 0, GPU_SHARE_IPC, false);
+        faults->no_ipc = 1;
+        assert_shares(DEVICES_SHARE_AUTO, -EOPNOTSUPP, 0, false);
+        assert_shares(DEVICES_SHARE_IPC, -EOPNOTSUPP, 0, false);
+        *lacks[i] = faults->no_ipc = 0;
+    }
+    faults->no_ipc = 1;
+    assert_shares(DEVICES_SHARE_AUTO, 0, GPU_SHARE_VMM, false);
+    faults->no_ipc = 0;
 }
 
 static int open_two(void **state)
 {
     (void)state;
-    return devices_open(&devices, "cuda", "all");
+    return devices_open(&devices, "cuda", "all", DEVICES_SHARE_VMM);
+}
+
+static int open_two_ipc(void **state)
+{
+    (void)state;
+    return devices_open(&devices, "cuda", "all", DEVICES_SHARE_IPC);
 }
 
 static int close_two(void **state)
@@ -203,8 +264,10 @@ int main(void)
         cmocka_unit_test(test_reset),
         cmocka_unit_test(test_too_much),
         cmocka_unit_test(test_names),
+        cmocka_unit_test(test_how_memory_is_shared),
         cmocka_unit_test_setup_teardown(test_pool_on_devices, open_two, close_two),
         cmocka_unit_test_setup_teardown(test_reset_on_devices, open_two, close_two),
+        cmocka_unit_test_setup_teardown(test_reset_of_ipc, open_two_ipc, close_two),
         cmocka_unit_test_setup_teardown(test_device_refuses, open_two, close_two),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
