@@ -1,15 +1,9 @@
 /* Workers that break every rule: the daemon goes on, and a good worker beside them notices nothing. */
-#include "tests/integration/service.h"
-
-#include "proto/err.h"
-#include "proto/ring.h"
-#include "proto/wire.h"
+#include "tests/integration/raw.h"
 
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
-#include <sys/mman.h>
-#include <sys/socket.h>
 #include <sys/un.h>
 
 static struct test_daemon daemon_;
@@ -49,37 +43,6 @@ static void all_is_well(void)
 {
     GOOD(good, pkv_ping(good, NULL));
     assert_exact(good, good_seq, k, k, q, 700);
-}
-
-static struct pkv_hello hello(void)
-{
-    return (struct pkv_hello){.magic = PKV_MAGIC,
-                              .message = PKV_MSG_HELLO,
-                              .version_major = PKV_VERSION_MAJOR,
-                              .version_minor = PKV_VERSION_MINOR,
-                              .features = PKV_FEATURES,
-                              .data_bytes = PKV_DATA_BYTES_MIN,
-                              .label = "hostile"};
-}
-
-/* The reply's error, PKV_ERR_COUNT where the daemon hung up; the first descriptor beside it. */
-static uint32_t ask(int fd, const void *message, size_t bytes, struct pkv_reply *reply, int fds[4])
-{
-    union {
-        char bytes[CMSG_SPACE(4 * sizeof(int))];
-        struct cmsghdr align;
-    } control;
-    struct iovec io = {reply, sizeof(*reply)};
-    struct msghdr m = {.msg_iov = &io, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof(control.bytes)};
-    for (int i = 0; i < 4; i++)
-        fds[i] = -1;
-    assert_true(send(fd, message, bytes, MSG_NOSIGNAL) == (ssize_t)bytes);
-    if (recvmsg(fd, &m, 0) != (ssize_t)sizeof(*reply))
-        return PKV_ERR_COUNT;
-    struct cmsghdr *c = CMSG_FIRSTHDR(&m);
-    if (c)
-        memcpy(fds, CMSG_DATA(c), c->cmsg_len - CMSG_LEN(0));
-    return reply->err;
 }
 
 static uint32_t say(const void *message, size_t bytes)
@@ -146,52 +109,12 @@ static void test_random_messages(void **state)
     all_is_well();
 }
 
-struct raw {
-    int fd, event;
-    struct pkv_region *region;
-    uint64_t bytes;
-    uint32_t model;
-};
-
-static struct raw raw_worker(void)
-{
-    struct raw r = {.fd = test_dial(&daemon_)};
-    struct pkv_hello h = hello();
-    struct pkv_reply reply;
-    int fds[4], none[4];
-    assert_int_equal(ask(r.fd, &h, sizeof(h), &reply, fds), PKV_ERR_OK);
-    r.bytes = reply.bytes, r.event = fds[1];
-    r.region = mmap(NULL, r.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fds[0], 0);
-    assert_true(r.region != MAP_FAILED);
-    assert_int_not_equal(ftruncate(fds[0], 0), 0); /* sealed: nobody can take it away under the daemon */
-    assert_true(mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fds[2], 0) == MAP_FAILED);
-    assert_true(mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fds[3], 0) == MAP_FAILED);
-    close(fds[0]), close(fds[2]), close(fds[3]);
-    struct pkv_model_request m = {.magic = PKV_MAGIC, .message = PKV_MSG_MODEL, .name = "hostile"};
-    m.geom = (struct pkv_geom){.layers = 2, .q_heads = 4, .kv_heads = 2, .head_dim = 64, .dtype = PKV_F16, .sig_bits = 64};
-    assert_int_equal(ask(r.fd, &m, sizeof(m), &reply, none), PKV_ERR_OK);
-    r.model = reply.id;
-    return r;
-}
-
-static void raw_close(struct raw *r)
-{
-    munmap(r->region, r->bytes);
-    close(r->fd), close(r->event);
-}
-
-static void kick(const struct raw *r)
-{
-    uint64_t one = 1;
-    assert_true(write(r->event, &one, sizeof(one)) == sizeof(one));
-}
-
 /* Random bytes everywhere, rings and indices included, while the daemon reads them. */
 static void test_random_region(void **state)
 {
     (void)state;
     for (int worker = 0; worker < 20; worker++) {
-        struct raw r = raw_worker();
+        struct raw r = raw_worker(&daemon_, "");
         uint32_t *words = (uint32_t *)r.region;
         for (int round = 0; round < 100; round++) {
             for (int i = 0; i < 3000; i++)
@@ -238,7 +161,7 @@ static void test_random_operations(void **state)
     (void)state;
     uint64_t done = 0, accepted = 0;
     for (int worker = 0; worker < 6; worker++) {
-        struct raw r = raw_worker();
+        struct raw r = raw_worker(&daemon_, "");
         uint32_t tail = 0, head = 0;
         uint64_t handles[8] = {0};
         struct pkv_completion c;
@@ -271,25 +194,12 @@ static void test_random_operations(void **state)
     all_is_well();
 }
 
-static enum pkv_err answer(struct raw *r, uint32_t *tail, uint32_t *head, struct pkv_submission s, uint64_t *ret_value)
-{
-    struct pkv_completion c = {.err = PKV_ERR_COUNT};
-    assert_true(pkv_sq_push(r->region, tail, &s));
-    kick(r);
-    for (int i = 0; i < 5000 && !pkv_cq_pop(r->region, head, &c); i++)
-        usleep(1000);
-    pkv_store32(&r->region->cq_head.value, *head);
-    *ret_value = c.value0;
-    return c.err;
-}
-
 /* States that nobody put, that nobody asked for, of models that are not there; samples that cannot be. */
 static void test_states_and_sums(void **state)
 {
     (void)state;
-    struct raw r = raw_worker();
+    struct raw r = raw_worker(&daemon_, "");
     struct pkv_reply reply;
-    uint32_t tail = 0, head = 0;
     uint64_t handle, ignored;
     int fds[4];
     for (uint32_t i = 0; i < 200; i++) {
@@ -303,13 +213,13 @@ static void test_states_and_sums(void **state)
         assert_int_equal(fds[0], -1);
     }
     struct pkv_submission create = {.op = PKV_OP_SEQ_CREATE, .u.create = {.model = r.model, .max_tokens = 64, .state = 1}};
-    assert_int_equal(answer(&r, &tail, &head, create, &handle), PKV_ERR_NO_STATE);
+    assert_int_equal(answer(&r, create, &handle), PKV_ERR_NO_STATE);
     create.u.create.state = 0;
-    assert_int_equal(answer(&r, &tail, &head, create, &handle), PKV_ERR_OK);
+    assert_int_equal(answer(&r, create, &handle), PKV_ERR_OK);
     struct pkv_submission done = {.op = PKV_OP_SIGNED, .seq = handle, .u.signed_ = {.state = 1}};
-    assert_int_equal(answer(&r, &tail, &head, done, &ignored), PKV_ERR_NO_STATE);
+    assert_int_equal(answer(&r, done, &ignored), PKV_ERR_NO_STATE);
     done.seq++;
-    assert_int_not_equal(answer(&r, &tail, &head, done, &ignored), PKV_ERR_OK);
+    assert_int_not_equal(answer(&r, done, &ignored), PKV_ERR_OK);
     for (int round = 0; round < 4; round++) {
         for (uint32_t m = 0; m < PKV_MODELS_MAX; m++)
             r.region->quality[m] = (struct pkv_model_quality){round ? any() : UINT64_MAX, UINT64_MAX, UINT64_MAX, round % 2};
@@ -323,7 +233,7 @@ static void test_states_and_sums(void **state)
 static void test_worker_that_does_not_reap(void **state)
 {
     (void)state;
-    struct raw r = raw_worker();
+    struct raw r = raw_worker(&daemon_, "");
     uint32_t tail = 0;
     struct pkv_submission nop = {.op = PKV_OP_NOP};
     for (int i = 0; i < 2000; i++)
