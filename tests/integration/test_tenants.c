@@ -2,7 +2,7 @@
 #include "tests/integration/raw.h"
 #include "tests/integration/stat.h"
 
-enum { ROUNDS = 9, TOKENS = 1500, BLOCK = 64 };
+enum { ROUNDS = 6, TOKENS = 3000, BLOCK = 64 };
 
 static struct test_daemon daemon_;
 static float *k, *v, *q;
@@ -11,7 +11,7 @@ static int start(void **state)
 {
     (void)state;
     k = test_floats(1, TOKENS * ROW), v = test_floats(2, TOKENS * ROW), q = test_floats(3, QUERY);
-    test_daemon_start(&daemon_, (const char *const[]){"--pool-bytes", "4M", "--arena-bytes", "4M", "--chunk-bytes", "1M",
+    test_daemon_start(&daemon_, (const char *const[]){"--pool-bytes", "8M", "--arena-bytes", "8M", "--chunk-bytes", "2M",
                                                       "--threads", "1", NULL});
     return 0;
 }
@@ -96,10 +96,10 @@ static void test_without_waiting(void **state)
         fill_as("a", 0);
         wait_for_quiet();
         struct raw r = raw_worker(&daemon_, "b");
-        struct pkv_submission create = {.op = PKV_OP_SEQ_CREATE, .u.create = {.model = r.model, .max_tokens = 3000}};
+        struct pkv_submission create = {.op = PKV_OP_SEQ_CREATE, .u.create = {.model = r.model, .max_tokens = 70 * BLOCK}};
         uint64_t handle;
         assert_int_equal(answer(&r, create, &handle), PKV_ERR_OK);
-        for (uint32_t block = 0; block < 40; block++) /* more than a chunk holds */
+        for (uint32_t block = 0; block < 70; block++) /* more than a chunk holds */
             append_and_read(&r, handle, block);
         raw_close(&r);
     }

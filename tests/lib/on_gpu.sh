@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs a test where a GPU is, and skips it with a sentence elsewhere.
 # usage: on_gpu.sh [--mps] PROGRAM [ARGUMENT...]
-#   --mps   under an MPS server of its own, in folders of its own: one that the machine runs is neither used nor touched. Fails if
-#           the program did not come to that server.
+#   --mps   under an MPS server of its own, in folders of its own: one that the machine runs is neither used nor touched.
+#           Fails if the program did not come to that server.
 set -u
 
 skip() {
