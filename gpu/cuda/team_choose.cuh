@@ -217,44 +217,107 @@ static __device__ __noinline__ void threshold_refine(const struct team t, struct
     threshold_find(t, m, low_words(t), FINE_WORDS, upper << CODE_LOW_BITS, 1, k, most);
 }
 
-/* The tokens that this part has chosen, in their order: to the block's rows, behind its `ends`, or to the words where others
- * find them. `groups`: this warp's `found` that have some. */
+/* ---- what is written once the threshold is known ---- */
+
+/* A warp's tokens that reach the guess, one a lane, in order, if they are few: all that can be known of them before the
+ * threshold. */
+struct likely {
+    uint32_t count, code, token; /* count: of the warp, more than WARP if they are many; token: of the part */
+    uint64_t address;            /* of its row, as rows_at() */
+};
+
+static __device__ __forceinline__ uint64_t row_of(const struct team_call &call, const uint64_t *places, uint32_t token)
+{
+    return (places[token / PKV_BLOCK_TOKENS] & ~FAR) + token % PKV_BLOCK_TOKENS * (call.rows_head / PKV_BLOCK_TOKENS);
+}
+
+static __device__ __forceinline__ struct likely likely_find(const struct team_call &call, const struct team &t,
+                                                            struct choose_memory *c, const uint64_t *places,
+                                                            const uint16_t *codes, const uint16_t *groups, uint32_t found,
+                                                            uint32_t guess)
+{
+    uint32_t *list = c->all.fine[0] + t.warp * WARP, token, before = (1u << t.lane) - 1;
+    static_assert(sizeof(c->all.fine) >= THREADS * 4, "a number a thread");
+    struct likely x = {0, 0, 0, 0};
+#pragma unroll 1
+    for (uint32_t i = 0; i < found && x.count <= WARP; i += 4) {
+        uint32_t code = group_token(codes, groups, i, found, t.lane, &token), hits = __ballot_sync(ALL_LANES, code >= guess);
+        uint32_t at = x.count + __popc(hits & before);
+        if (code >= guess && at < WARP)
+            list[at] = token << 16 | code;
+        x.count += __popc(hits);
+    }
+    __syncwarp();
+    if (t.lane < x.count && x.count <= WARP) {
+        uint32_t both = list[t.lane];
+        x.code = both & 0xffffu, x.token = both >> 16, x.address = row_of(call, places, x.token);
+    }
+    return x;
+}
+
+/* Where a warp's chosen tokens begin in the list: how many above and at the threshold come before them. */
+struct rank {
+    uint32_t greater, equal, first; /* first: the list's first of this block */
+};
+
+/* To the block's rows, behind its `ends`, or to the words where others find it. Lanes whose token is above the threshold or at
+ * it are `above` and `at`. */
+static __device__ __forceinline__ void row_write(const struct team_call &call, const struct team &t, const struct list_of &l,
+                                                 struct team_shared *m, struct team_rows *r, const struct team_shared::plan &p,
+                                                 const struct rank &k, uint32_t above, uint32_t at, uint32_t code,
+                                                 uint32_t token, uint64_t address, uint32_t ends, uint32_t sinks)
+{
+    uint32_t before = (1u << t.lane) - 1, own = k.equal + __popc(at & before);
+    uint32_t to = k.greater + __popc(above & before) + min(own, p.ties), n = to - k.first;
+    if (!((above | (own < p.ties ? at : 0)) >> t.lane & 1))
+        return;
+    if (address & FETCHED)
+        address = row_cached(call.a, l, token, address, m->outcomes);
+    if (n < p.keep)
+        r->address[ends + n] = address, r->token[ends + n] = token;
+    else
+        put_word(t, row_words(t) + p.spill_first + n - p.keep, (uint32_t)address, (uint32_t)(address >> 32), token);
+    if (call.a.flags & CUDA_KEEP)
+        row_kept(call.a, t, sinks + to, token, address, code);
+}
+
+/* The tokens that this part has chosen, in their order. `groups`: this warp's `found` that have some. */
 static __device__ __forceinline__ void rows_write(const struct team_call &call, const struct team &t, const struct list_of &l,
                                                   struct team_shared *m, struct choose_memory *c, struct team_rows *r,
-                                                  const uint16_t *codes, const uint16_t *groups, uint32_t found, uint32_t begin,
-                                                  uint32_t ends, uint32_t sinks)
+                                                  const uint64_t *places, const struct likely &x, const uint16_t *codes,
+                                                  const uint16_t *groups, uint32_t found, uint32_t begin, uint32_t ends,
+                                                  uint32_t sinks)
 {
     const struct team_shared::plan p = m->plan;
-    const uint64_t *places = (const uint64_t *)((unsigned char *)m + call.at.places);
-    uint32_t both = 0, token, before = (1u << t.lane) - 1, bytes = 4 * call.a.geom.head_dim;
+    uint32_t above = __ballot_sync(ALL_LANES, x.code > p.code), at = __ballot_sync(ALL_LANES, x.code == p.code && x.code);
+    uint32_t greater = __popc(above), equal = __popc(at);
+    bool few = x.count <= WARP;
+    if (!few) {
+        uint32_t both = 0;
 #pragma unroll 1
-    for (uint32_t i = t.lane; i < found; i += WARP)
-        both += tally(*(const uint4 *)(codes + groups[i] * 8u), p.code);
-    uint32_t greater = __reduce_add_sync(ALL_LANES, both & 0xffffu), equal = __reduce_add_sync(ALL_LANES, both >> 16);
+        for (uint32_t i = t.lane; i < found; i += WARP)
+            both += tally(*(const uint4 *)(codes + groups[i] * 8u), p.code);
+        greater = __reduce_add_sync(ALL_LANES, both & 0xffffu), equal = __reduce_add_sync(ALL_LANES, both >> 16);
+    }
     if (t.lane == 0)
         c->all.greater[t.warp] = greater, c->all.equal[t.warp] = equal;
     __syncthreads();
-    uint32_t g = p.before_greater + __reduce_add_sync(ALL_LANES, t.lane < t.warp ? c->all.greater[t.lane % WARPS] : 0);
-    uint32_t e = p.before_equal + __reduce_add_sync(ALL_LANES, t.lane < t.warp ? c->all.equal[t.lane % WARPS] : 0);
-    uint32_t first = p.before_greater + min(p.before_equal, p.ties), last = g + greater;
+    struct rank k = {p.before_greater, p.before_equal, p.before_greater + min(p.before_equal, p.ties)};
+    k.greater += __reduce_add_sync(ALL_LANES, t.lane < t.warp ? c->all.greater[t.lane % WARPS] : 0);
+    k.equal += __reduce_add_sync(ALL_LANES, t.lane < t.warp ? c->all.equal[t.lane % WARPS] : 0);
+    begin *= PKV_BLOCK_TOKENS;
+    if (few) {
+        row_write(call, t, l, m, r, p, k, above, at, x.code, begin + x.token, x.address, ends, sinks);
+        return;
+    }
+    uint32_t last = k.greater + greater, token;
 #pragma unroll 1
-    for (uint32_t i = 0; i < found && (g < last || e < p.ties); i += 4) {
+    for (uint32_t i = 0; i < found && (k.greater < last || k.equal < p.ties); i += 4) {
         uint32_t code = group_token(codes, groups, i, found, t.lane, &token);
-        uint32_t above = __ballot_sync(ALL_LANES, code > p.code), at = __ballot_sync(ALL_LANES, code == p.code);
-        uint32_t own = e + __popc(at & before), to = g + __popc(above & before) + min(own, p.ties), n = to - first;
-        if (code > p.code || (code == p.code && own < p.ties)) {
-            uint64_t address = (places[token / PKV_BLOCK_TOKENS] & ~FAR) + token % PKV_BLOCK_TOKENS * bytes;
-            token += begin * PKV_BLOCK_TOKENS;
-            if (address & FETCHED)
-                address = row_cached(call.a, l, token, address, m->outcomes);
-            if (n < p.keep)
-                r->address[ends + n] = address, r->token[ends + n] = token;
-            else
-                put_word(t, row_words(t) + p.spill_first + n - p.keep, (uint32_t)address, (uint32_t)(address >> 32), token);
-            if (call.a.flags & CUDA_KEEP)
-                row_kept(call.a, t, sinks + to, token, address, code);
-        }
-        g += __popc(above), e += __popc(at);
+        above = __ballot_sync(ALL_LANES, code > p.code), at = __ballot_sync(ALL_LANES, code == p.code);
+        row_write(call, t, l, m, r, p, k, above, at, code, begin + token, row_of(call, places, token), ends, sinks);
+        __syncwarp();
+        k.greater += __popc(above), k.equal += __popc(at);
     }
 }
 
@@ -278,6 +341,7 @@ static __device__ __forceinline__ uint32_t choose(const struct team_call &call, 
                                                   uint32_t low_bits, uint32_t *count)
 {
     const struct cuda_attend &a = call.a;
+    const uint64_t *places = (const uint64_t *)((unsigned char *)m + call.at.places);
     uint32_t k = a.policy.k, tokens = (s.end - s.begin) * PKV_BLOCK_TOKENS;
     uint4 sums = suffix_sums(m->counts, m->warp_sums);
     ((uint4 *)m->counts)[threadIdx.x] = sums;
@@ -299,14 +363,15 @@ static __device__ __forceinline__ uint32_t choose(const struct team_call &call, 
         /* What reached the threshold of the step before will mostly reach this one's: found while others' counts come. */
         uint32_t guess = (t.window ? t.window + WINDOW / 2 - GUESS_LOW(INTEGER) : 2048) << low_bits;
         uint32_t found = groups_take(codes, first, last, t.lane, guess, groups);
+        struct likely x = likely_find(call, t, c, places, codes, groups, found, guess);
         threshold_find(t, m, window_words(t), WINDOW_WORDS, t.window, 1, k, most);
         if (!m->plan.found)
             threshold_search(t, m, k, most);
         if (m->plan.code << low_bits < guess)
-            found = groups_take(codes, first, last, t.lane, m->plan.code << low_bits, groups);
+            found = groups_take(codes, first, last, t.lane, m->plan.code << low_bits, groups), x.count = ALL_LANES;
         if (INTEGER && low_bits)
             threshold_refine(t, m, c, codes, groups, found, k, most);
-        rows_write(call, t, l, m, c, r, codes, groups, found, s.begin, ends, span.first);
+        rows_write(call, t, l, m, c, r, places, x, codes, groups, found, s.begin, ends, span.first);
         if (t.part == 0 && threadIdx.x == 0)
             *t.hint = m->plan.code >> low_bits;
         uint32_t at = ends + m->plan.keep, take = m->plan.take;
