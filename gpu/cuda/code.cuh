@@ -44,7 +44,18 @@ static __device__ __forceinline__ uint32_t copies_of(uint32_t words)
     return words <= 2 ? 4 : words <= 4 ? 2 : 1;
 }
 #define DIGITS(copies) ((copies) == 4 ? 4u : (copies) == 2 ? 6u : 8u)
-#define DIGIT_PLANES   16u /* of a head and word: bit i of number digit x copies + e: the digit of weight i is above e */
+#define DIGIT_PLANES   16u /* of a head and word at most: bit i of one of digit d, copy e: that digit of weight i is above e */
+
+/* Planes of ENTRIES (a multiple of 32) heads x words. The lanes of a warp want those of eight digits' parities and heads and of
+ * words at once: they lie in different banks. */
+template <uint32_t ENTRIES> struct digit_planes {
+    static constexpr uint32_t PARITY = ENTRIES + 16, PAIR = 2 * PARITY + 1;
+    uint32_t at[DIGIT_PLANES / 2 * PAIR];
+    static __device__ __forceinline__ constexpr uint32_t place(uint32_t digit, uint32_t copy, uint32_t copies)
+    {
+        return (digit / 2 * copies + copy) * PAIR + digit % 2 * PARITY;
+    }
+};
 
 /* What digit i counts for. */
 template <uint32_t COPIES> static __device__ __forceinline__ constexpr float digit_value(uint32_t i)
@@ -69,7 +80,8 @@ template <uint32_t COPIES> static __device__ __forceinline__ void digits_of(int 
     }
 }
 
-template <uint32_t COPIES> static __device__ __forceinline__ void digits_put(int weight, uint32_t lane, uint32_t *to)
+template <uint32_t COPIES, uint32_t ENTRIES>
+static __device__ __forceinline__ void digits_put(int weight, uint32_t lane, struct digit_planes<ENTRIES> &to, uint32_t entry)
 {
     constexpr uint32_t PLANES = DIGITS(COPIES) * COPIES;
     uint32_t digit[DIGITS(COPIES)], own = 0;
@@ -80,18 +92,20 @@ template <uint32_t COPIES> static __device__ __forceinline__ void digits_put(int
         own = lane == j ? plane : own;
     }
     if (lane < PLANES)
-        to[lane] = own;
+        to.at[to.place(lane / COPIES, lane % COPIES, COPIES) + entry] = own;
 }
 
-/* A warp turns 32 weights of a head, a lane each, into to [DIGIT_PLANES]. words: of a signature. */
-static __device__ __forceinline__ void digits_write(int weight, uint32_t lane, uint32_t words, uint32_t *to)
+/* A warp turns 32 weights of a head, a lane each, into their planes. words: of a signature; entry: head x words + word. */
+template <uint32_t ENTRIES>
+static __device__ __forceinline__ void digits_write(int weight, uint32_t lane, uint32_t words, struct digit_planes<ENTRIES> &to,
+                                                    uint32_t entry)
 {
     if (words <= 2)
-        digits_put<4>(weight, lane, to);
+        digits_put<4>(weight, lane, to, entry);
     else if (words <= 4)
-        digits_put<2>(weight, lane, to);
+        digits_put<2>(weight, lane, to, entry);
     else
-        digits_put<1>(weight, lane, to);
+        digits_put<1>(weight, lane, to, entry);
 }
 
 /* ---- signatures into codes ---- */
@@ -108,10 +122,10 @@ template <uint32_t SETS, uint32_t COPIES> struct planes {
     float scale[SETS], bias[SETS]; /* of head lane % 4; scale: of what score() returns */
 };
 
-/* The set's scales and biases, and digits [heads][words][DIGIT_PLANES] of the group. Words that signatures do not have and
- * heads beyond the group are zero. */
-template <uint32_t SETS, uint32_t COPIES>
-static __device__ __forceinline__ void planes_take(struct planes<SETS, COPIES> &p, const uint32_t (*digits)[DIGIT_PLANES],
+/* The set's scales and biases, and the group's digits. Words that signatures do not have and heads beyond the group are zero.
+ */
+template <uint32_t SETS, uint32_t COPIES, uint32_t ENTRIES>
+static __device__ __forceinline__ void planes_take(struct planes<SETS, COPIES> &p, const struct digit_planes<ENTRIES> &digits,
                                                    const float *scales, const float *biases, uint32_t group, uint32_t words,
                                                    uint32_t lane)
 {
@@ -126,7 +140,7 @@ static __device__ __forceinline__ void planes_take(struct planes<SETS, COPIES> &
                 uint32_t word = COPIES == 4 ? k % 2 : COPIES == 2 ? k : half * 4 + k;
                 uint32_t copy = COPIES == 4 ? half * 2 + k / 2 : COPIES == 2 ? half : 0;
                 bool there = h < group && word < words;
-                p.b[set][m][half] = there ? digits[h * words + word][(2 * m + column % 2) * COPIES + copy] : 0;
+                p.b[set][m][half] = there ? digits.at[digits.place(2 * m + column % 2, copy, COPIES) + h * words + word] : 0;
             }
         p.scale[set] = own < group ? scales[own] * UNIT_INV : 0.0f;
         p.bias[set] = own < group ? biases[own] : NOTHING;

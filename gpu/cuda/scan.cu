@@ -6,13 +6,13 @@
 struct scan_shared {
     uint32_t counts[2048 + 8];
     uint32_t warp_sums[SCAN_WARPS];
-    uint32_t digits[PKV_GROUP_MAX * PKV_SIG_WORDS_MAX][DIGIT_PLANES];
+    struct digit_planes<PKV_GROUP_MAX * PKV_SIG_WORDS_MAX> digits;
     __align__(16) unsigned char rings[SCAN_WARPS][RING];
 };
 
 /* Bit planes [8][words] of the group's heads into digits, 32 weights a warp at a time. */
 static __device__ __forceinline__ void digits_take(const uint32_t *planes, uint32_t group, uint32_t words,
-                                                   uint32_t (*digits)[DIGIT_PLANES])
+                                                   struct scan_shared *m)
 {
     uint32_t lane = threadIdx.x % WARP;
     for (uint32_t i = threadIdx.x / WARP; i < group * words; i += SCAN_WARPS) {
@@ -20,7 +20,7 @@ static __device__ __forceinline__ void digits_take(const uint32_t *planes, uint3
 #pragma unroll
         for (uint32_t p = 0; p < 8; p++)
             weight |= (planes[(i / words * 8 + p) * words + i % words] >> lane & 1) << p;
-        digits_write((int8_t)weight, lane, words, digits[i]);
+        digits_write((int8_t)weight, lane, words, m->digits, i);
     }
 }
 
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(THREADS, SETS == 1 && COPIES != 1 ? 2 : 1)
     stream_begin<COPIES>(s, addresses);
     wait_for_former();
     uint64_t q_head = (uint64_t)query * g.q_heads + head * group;
-    digits_take(a.work.planes + q_head * 8 * words, group, words, m->digits);
+    digits_take(a.work.planes + q_head * 8 * words, group, words, m);
     __syncthreads();
     struct planes<SETS, COPIES> p;
     planes_take(p, m->digits, a.work.scales + q_head, a.work.biases + q_head, group, words, lane);

@@ -202,7 +202,7 @@ static __device__ __forceinline__ void words_take(const struct team_call &call, 
             continue;
         int weight = w->weights[h][word * WARP + t.lane], sum = 0;
         uint32_t own = word_planes(weight, t.lane);
-        digits_write(weight, t.lane, call.words, m->digits[h * call.words + word]);
+        digits_write(weight, t.lane, call.words, m->digits, h * call.words + word);
 #pragma unroll 1
         for (uint32_t i = t.lane; i < PKV_ALIGN_UP(f.count, WARP); i += WARP) {
             bool first = task == t.warp && i < 2 * WARP;

@@ -33,7 +33,7 @@ static __device__ __forceinline__ uint32_t scan_integers(const struct team_call 
                                                          const F &addresses)
 {
     bool sum = call.a.policy.rule == PKV_RULE_SUM;
-    struct integer_rows<HEADS, TEAM_SIG_WORDS> *rows = (struct team_weights *)m->digits;
+    struct integer_rows<HEADS, TEAM_SIG_WORDS> *rows = (struct team_weights *)&m->digits;
     rows_make(rows, sum, t.group, call.words, [&](uint32_t h, uint32_t i) { return (int)w->weights[h][i]; });
     if (w->write)
         weights_keep(call, t, w);

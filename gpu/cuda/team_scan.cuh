@@ -23,7 +23,7 @@
 struct team_shared {
     uint32_t counts[2048 + 8];
     uint32_t warp_sums[WARPS];
-    uint32_t digits[HEADS * TEAM_SIG_WORDS][DIGIT_PLANES];
+    struct digit_planes<HEADS * TEAM_SIG_WORDS> digits;
     float scale[HEADS], bias[HEADS];
     struct share {
         float max, sum, shift;
