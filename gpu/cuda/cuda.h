@@ -91,18 +91,10 @@ struct cuda_policy {
     float scale; /* of the softmax, resolved: never 0 */
 };
 
+/* What kernels read at their beginning comes first: arguments arrive a line of 64 bytes at a time. */
 struct cuda_attend {
     struct pkv_geom geom;
     struct cuda_policy policy;
-    struct cuda_scheme scheme;
-    struct cuda_work work;
-    struct cuda_cache cache;
-    const uint64_t *base[PKV_TIERS]; /* [PKV_CHUNKS_MAX] device-visible addresses of chunks; base[0] unused */
-    const struct cuda_seq *seqs;
-    const struct cuda_query *query; /* [queries]; no kernel writes them */
-    const void *q;                  /* [queries][q_heads][head_dim] in the model's dtype */
-    float *out;                     /* [queries][q_heads][head_dim] */
-    float *lse;                     /* [queries][q_heads]; may be NULL */
     uint32_t layer, queries;
     uint32_t tokens_max; /* no length exceeds it while this launch, or a graph that captured it, is used */
     uint32_t parts;      /* thread blocks that share a list's scan; these four by cuda_grid() */
@@ -110,6 +102,15 @@ struct cuda_attend {
     uint32_t team;       /* thread blocks that take a list from query to result in one launch; 0: a launch a stage */
     uint32_t flags;      /* CUDA_KEEP: a team leaves codes, index and scores in work, as the stages do */
     uint32_t weighed;    /* work.weights and work.scales are given: the scheme has no say */
+    const struct cuda_seq *seqs;
+    const struct cuda_query *query;  /* [queries]; no kernel writes them */
+    const void *q;                   /* [queries][q_heads][head_dim] in the model's dtype */
+    const uint64_t *base[PKV_TIERS]; /* [PKV_CHUNKS_MAX] device-visible addresses of chunks; base[0] unused */
+    float *out;                      /* [queries][q_heads][head_dim] */
+    float *lse;                      /* [queries][q_heads]; may be NULL */
+    struct cuda_work work;
+    struct cuda_cache cache;
+    struct cuda_scheme scheme;
 };
 #define CUDA_KEEP 1u
 

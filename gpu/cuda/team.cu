@@ -12,6 +12,10 @@
 #include "gpu/cuda/team_integer.cuh"
 #include "gpu/cuda/team_weigh.cuh"
 
+/* PLAIN: by softmax with weights of `sign`, no row cache, nothing kept, k given. Code for the rest in between would cost such a
+ * call more than a microsecond: it runs every instruction once, and each jump over some that are not run waits for others. */
+enum team_kind { TEAM_PLAIN, TEAM_ANY, TEAM_INTEGER };
+
 #if __CUDA_ARCH__ >= 900
 
 /* ---- attend ---- */
@@ -107,28 +111,38 @@ static __device__ __forceinline__ void merge_warps(const struct team &t, const s
     }
 }
 
-/* A block adds up its share of the outputs: `size` lanes have one output of all blocks. */
+/* A block adds up its share of the outputs: up to four lanes have one output, each of up to four blocks. */
+#define MERGE_LANES 4u
 template <uint32_t DIM>
 static __device__ __forceinline__ void merge_blocks(const struct cuda_attend &a, const struct team &t, const struct word *words)
 {
-    uint32_t share = t.group * DIM >> t.shift, from = threadIdx.x & (t.size - 1);
+    constexpr uint32_t EACH = TEAM_MAX / MERGE_LANES;
+    uint32_t share = t.group * DIM >> t.shift, lanes = min(t.size, MERGE_LANES), shift = min(t.shift, 2u), from = t.lane % lanes;
 #pragma unroll 1
-    for (uint32_t x = threadIdx.x; x < t.group * DIM; x += THREADS) {
-        uint32_t i = t.part * share + (x >> t.shift);
-        struct word w = take_word(t, words + from * t.group * DIM + i);
-        float out = __uint_as_float(w.x), max = __uint_as_float(w.y), sum = __uint_as_float(w.z), most = max;
-        for (uint32_t s = t.size / 2; s; s /= 2)
+    for (uint32_t x = threadIdx.x; x - t.lane < share << shift; x += THREADS) {
+        bool there = x >> shift < share;
+        uint32_t i = t.part * share + (there ? x >> shift : 0), blocks = t.size / lanes;
+        struct word w[EACH];
+        take_words<EACH>(t, words + from * t.group * DIM + i, lanes * t.group * DIM, blocks, w);
+        float most = NOTHING, out = 0, sum = 0;
+#pragma unroll
+        for (uint32_t j = 0; j < EACH; j++)
+            most = j < blocks ? fmaxf(most, __uint_as_float(w[j].y)) : most;
+        for (uint32_t s = 1; s < lanes; s *= 2)
             most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, s));
-        float keep = exp2_fast(max - most);
-        out *= keep, sum *= keep;
-        for (uint32_t s = t.size / 2; s; s /= 2) {
+#pragma unroll
+        for (uint32_t j = 0; j < EACH; j++) {
+            float keep = j < blocks ? exp2_fast(__uint_as_float(w[j].y) - most) : 0.0f;
+            out = fmaf(__uint_as_float(w[j].x), keep, out), sum = fmaf(__uint_as_float(w[j].z), keep, sum);
+        }
+        for (uint32_t s = 1; s < lanes; s *= 2) {
             out += __shfl_xor_sync(ALL_LANES, out, s);
             sum += __shfl_xor_sync(ALL_LANES, sum, s);
         }
-        if (from == 0) {
-            a.out[t.q_head * DIM + i] = out / sum;
+        if (there && from == 0) {
+            a.out[t.q_head * DIM + i] = __fdividef(out, sum);
             if (i % DIM == 0 && a.lse)
-                a.lse[t.q_head + i / DIM] = (most + log2f(sum)) * 0.69314718f;
+                a.lse[t.q_head + i / DIM] = (most + __log2f(sum)) * 0.69314718f;
         }
     }
 }
@@ -158,6 +172,7 @@ static __device__ __forceinline__ void places_find(const struct team_call &call,
             m->end_rows[i] = row;
             if ((i / TILE_ROWS & (t.size - 1)) == t.part &&
                 !(row & FAR)) /* this block scores its key; its value is wanted later */
+#pragma unroll 1
                 for (uint32_t at = 0; at < call.rows_head / PKV_BLOCK_TOKENS; at += 128)
                     asm volatile("prefetch.global.L2 [%0];" ::"l"(row + at));
         }
@@ -184,7 +199,7 @@ static __device__ __forceinline__ void select_prepare(const struct team_call &ca
     if (weighs_signs(call.a, t)) {
         sign_turn<DIM>(call, sign);
         sign_quantize<DIM>(call, t, w, sign);
-    } else if (call.a.weighed || call.a.scheme.kind != PKV_SCHEME_SIGN) {
+    } else if (!signs_weigh(call.a, t)) {
         other_weigh<T, DIM>(call.a, t.head, t.group, t.q_head, w);
     }
     places_find(call, t, m, span, ends_of(span), l.cached);
@@ -263,7 +278,7 @@ static __device__ __forceinline__ uint32_t select_integers(const struct team_cal
     return choose<true>(call, t, m, c, r, span, l, s, codes, low_bits, count);
 }
 
-template <typename T, uint32_t DIM, uint32_t SETS, bool INTEGER>
+template <typename T, uint32_t DIM, uint32_t SETS, enum team_kind KIND>
 __global__ void __launch_bounds__(THREADS, 1) team_kernel(const __grid_constant__ struct team_call call)
 {
     extern __shared__ __align__(128) unsigned char shared[];
@@ -271,26 +286,27 @@ __global__ void __launch_bounds__(THREADS, 1) team_kernel(const __grid_constant_
     struct team_shared *m = (struct team_shared *)shared;
     unsigned char *front = shared + call.at.front;
     struct team_rows *r = (struct team_rows *)(shared + call.at.rows);
-    struct team t = team_of_block(a, call.group, call.each);
+    struct team t = team_of_block(call, KIND == TEAM_PLAIN);
     struct sign_query<DIM> sign;
     if (weighs_signs(a, t))
-        sign_load<DIM>(a, t, sign);
+        sign_load<DIM>(call, t, sign);
     ((uint4 *)m->counts)[threadIdx.x] = make_uint4(0, 0, 0, 0);
     if (threadIdx.x < 8)
         m->counts[2048 + threadIdx.x] = 0;
     if (threadIdx.x == 0) {
         m->outcomes[CUDA_HITS] = m->outcomes[CUDA_MISSES] = m->plan.found = 0;
-        ((struct weigh_shared<HEADS> *)front)->write = t.part == 0 && a.flags & CUDA_KEEP;
+        ((struct weigh_shared<HEADS> *)front)->write = t.part == 0 && keeps(call, t);
     }
     struct cuda_query where = a.query[t.query];
     wait_for_former();
     struct cuda_seq seq = a.seqs[where.seq];
-    team_join(a, t);
+    team_join(t);
     if (weighs_signs(a, t))
         sign_query_load<T, DIM>(a, t, sign);
     queries_take<T, DIM>(a, t, m);
     struct span span = span_in(a, seq.tokens, where.back);
-    struct list_of l = {seq.blocks, where.seq, t.head, span.visible, a.cache.entries && a.cache.sets && where.back == 0};
+    struct list_of l = {seq.blocks, where.seq, t.head, span.visible,
+                        !t.plain && a.cache.entries && a.cache.sets && where.back == 0};
     t.blocks = seq.blocks;
     if (!span.dense)
         select_prepare<T, DIM>(call, t, m, span, l, sign);
@@ -300,7 +316,7 @@ __global__ void __launch_bounds__(THREADS, 1) team_kernel(const __grid_constant_
         uint32_t per = (span.visible + t.size - 1) >> t.shift;
         begin = min(t.part * per, span.visible), count = min(per, span.visible - begin);
     } else {
-        if constexpr (INTEGER)
+        if constexpr (KIND == TEAM_INTEGER)
             k = select_integers(call, t, m, r, span, l, &count);
         else
             k = select_rows<T, DIM, SETS>(call, t, m, r, span, l, &count);
@@ -319,7 +335,7 @@ __global__ void __launch_bounds__(THREADS, 1) team_kernel(const __grid_constant_
 }
 
 #else
-template <typename T, uint32_t DIM, uint32_t SETS, bool INTEGER>
+template <typename T, uint32_t DIM, uint32_t SETS, enum team_kind KIND>
 __global__ void team_kernel(const __grid_constant__ struct team_call call)
 {
     /* never launched: no words of 128 bits (cuda_team_preload) */
@@ -346,23 +362,30 @@ extern "C" uint32_t cuda_team_size(const struct cuda_attend *a, uint32_t process
     return able ? team_of(a, processors, PKV_MIN(shared, SHARED_MAX)) : 0;
 }
 
-template <typename T, uint32_t DIM> static void (*kernel_of_group(uint32_t group, bool integer))(const struct team_call)
+template <typename T, uint32_t DIM, enum team_kind KIND>
+static void (*kernel_of_group(uint32_t group))(const struct team_call)
 {
-    if (integer)
-        return group <= 4 ? team_kernel<T, DIM, 1, true> : team_kernel<T, DIM, 2, true>;
-    return group <= 4 ? team_kernel<T, DIM, 1, false> : team_kernel<T, DIM, 2, false>;
+    return group <= 4 ? team_kernel<T, DIM, 1, KIND> : team_kernel<T, DIM, 2, KIND>;
 }
 
-template <typename T> static void (*kernel_of_dim(uint32_t dim, uint32_t group, bool integer))(const struct team_call)
+template <typename T, uint32_t DIM>
+static void (*kernel_of_kind(uint32_t group, enum team_kind kind))(const struct team_call)
 {
-    return dim == 64    ? kernel_of_group<T, 64>(group, integer)
-           : dim == 128 ? kernel_of_group<T, 128>(group, integer)
-                        : kernel_of_group<T, 256>(group, integer);
+    return kind == TEAM_PLAIN ? kernel_of_group<T, DIM, TEAM_PLAIN>(group)
+           : kind == TEAM_ANY ? kernel_of_group<T, DIM, TEAM_ANY>(group)
+                              : kernel_of_group<T, DIM, TEAM_INTEGER>(group);
 }
 
-static void (*kernel_of(uint32_t dtype, uint32_t dim, uint32_t group, bool integer))(const struct team_call)
+template <typename T> static void (*kernel_of_dim(uint32_t dim, uint32_t group, enum team_kind kind))(const struct team_call)
 {
-    return dtype == PKV_F16 ? kernel_of_dim<__half>(dim, group, integer) : kernel_of_dim<__nv_bfloat16>(dim, group, integer);
+    return dim == 64    ? kernel_of_kind<T, 64>(group, kind)
+           : dim == 128 ? kernel_of_kind<T, 128>(group, kind)
+                        : kernel_of_kind<T, 256>(group, kind);
+}
+
+static void (*kernel_of(uint32_t dtype, uint32_t dim, uint32_t group, enum team_kind kind))(const struct team_call)
+{
+    return dtype == PKV_F16 ? kernel_of_dim<__half>(dim, group, kind) : kernel_of_dim<__nv_bfloat16>(dim, group, kind);
 }
 
 extern "C" int cuda_team_preload(void)
@@ -375,8 +398,8 @@ extern "C" int cuda_team_preload(void)
     if (major < 9 || cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
         return 0;
     most = PKV_MIN(most, (int)SHARED_MAX);
-    for (uint32_t i = 0; i < 24; i++)
-        if (cudaFuncSetAttribute(kernel_of(i & 1 ? PKV_F16 : PKV_BF16, 64 << i / 8, i & 2 ? 8 : 4, i & 4),
+    for (uint32_t i = 0; i < 36; i++)
+        if (cudaFuncSetAttribute(kernel_of(i & 1 ? PKV_F16 : PKV_BF16, 64 << i / 12, i & 2 ? 8 : 4, (enum team_kind)(i / 4 % 3)),
                                  cudaFuncAttributeMaxDynamicSharedMemorySize, most) != cudaSuccess)
             return -(int)PKV_ERR_UNSUPPORTED;
     return 0;
@@ -398,19 +421,33 @@ static uint32_t rows_most(const struct cuda_attend *a)
     return PKV_MIN(PKV_ALIGN_UP(mean + mean / 4 + ends, turn), ROWS) - ends;
 }
 
+static enum team_kind kind_of(const struct cuda_attend *a)
+{
+    bool plain = !(a->flags & CUDA_KEEP) && !a->cache.entries && a->policy.top_p <= 0 && !a->weighed &&
+                 a->scheme.kind == PKV_SCHEME_SIGN;
+    return a->policy.rule != PKV_RULE_SOFTMAX ? TEAM_INTEGER : plain ? TEAM_PLAIN : TEAM_ANY;
+}
+
 extern "C" int cuda_team_launch(const struct cuda_attend *a, void *stream)
 {
-    uint32_t group = pkv_geom_group(&a->geom);
-    auto kernel = kernel_of(a->geom.dtype, a->geom.head_dim, group, a->policy.rule != PKV_RULE_SOFTMAX);
-    struct team_call call = {.a = *a,
+    const struct pkv_geom *g = &a->geom;
+    uint32_t group = pkv_geom_group(g);
+    uint64_t heads = (uint64_t)a->layer * g->kv_heads, lists = (uint64_t)a->queries * g->kv_heads;
+    struct team_call call = {.list_words = (struct word *)a->work.words,
+                             .gates = a->work.gates,
+                             .hints = a->work.hints + a->layer * lists,
+                             .signs = a->scheme.signs,
+                             .deviation = a->scheme.deviation ? a->scheme.deviation + heads * g->sig_bits : NULL,
                              .at = layout_of(a),
                              .group = group,
-                             .words = pkv_geom_words(&a->geom),
-                             .rows_slot = (uint32_t)pkv_geom_block_bytes(&a->geom),
-                             .signatures_slot = (uint32_t)pkv_geom_sig_block_bytes(&a->geom),
-                             .rows_head = (uint32_t)(PKV_BLOCK_TOKENS * pkv_geom_row_bytes(&a->geom)),
+                             .words = pkv_geom_words(g),
+                             .rows_slot = (uint32_t)pkv_geom_block_bytes(g),
+                             .signatures_slot = (uint32_t)pkv_geom_sig_block_bytes(g),
+                             .rows_head = (uint32_t)(PKV_BLOCK_TOKENS * pkv_geom_row_bytes(g)),
                              .most = rows_most(a),
-                             .each = cuda_words(a),
-                             .unit = sign_unit(a)};
-    return launch(kernel, dim3(a->team, a->geom.kv_heads, a->queries), THREADS, call.at.bytes, call, stream, true, true);
+                             .each = (uint32_t)cuda_words(a),
+                             .unit = sign_unit(a),
+                             .a = *a};
+    return launch(kernel_of(g->dtype, g->head_dim, group, kind_of(a)), dim3(a->team, g->kv_heads, a->queries), THREADS,
+                  call.at.bytes, call, stream, true, true);
 }

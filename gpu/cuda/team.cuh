@@ -27,6 +27,7 @@ struct team {
     uint32_t epoch, arrivals; /* arrivals: of the whole team, before this call, then at the last gate */
     uint32_t window;          /* its first code */
     uint32_t warp, lane;
+    bool plain; /* known when the kernel is compiled: see team_kind */
 };
 
 /* Where each kind of word begins. Counts are suffix counts: word i of a kind has those at 2 i, 2 i + 1 and 2 i + 2. */
@@ -78,37 +79,41 @@ static __device__ __forceinline__ void put_word(const struct team &t, struct wor
                  "l"(high)
                  : "memory");
 }
-static __device__ __forceinline__ struct word take_word(const struct team &t, const struct word *from)
+static __device__ __forceinline__ struct word look_at_word(const struct word *from)
 {
     uint64_t low, high;
+    asm volatile("{\n\t.reg .b128 v;\n\tld.relaxed.gpu.global.b128 v,[%2];\n\tmov.b128 {%0,%1},v;\n\t}"
+                 : "=l"(low), "=l"(high)
+                 : "l"(from)
+                 : "memory");
+    return {(uint32_t)low, (uint32_t)(low >> 32), (uint32_t)high, (uint32_t)(high >> 32)};
+}
+static __device__ __forceinline__ struct word take_word(const struct team &t, const struct word *from)
+{
+    struct word w;
     do
-        asm volatile("{\n\t.reg .b128 v;\n\tld.relaxed.gpu.global.b128 v,[%2];\n\tmov.b128 {%0,%1},v;\n\t}"
-                     : "=l"(low), "=l"(high)
-                     : "l"(from)
-                     : "memory");
-    while ((uint32_t)(high >> 32) != t.epoch);
-    return {(uint32_t)low, (uint32_t)(low >> 32), (uint32_t)high, t.epoch};
+        w = look_at_word(from);
+    while (w.epoch != t.epoch);
+    return w;
 }
 
-/* What is known without memory; the grid is [queries][kv_heads][size]. */
-static __device__ __forceinline__ struct team team_of_block(const struct cuda_attend &a, uint32_t group, uint64_t words)
+/* `count` words of at most MOST, `stride` apart; the others become zero. One look is for all of them: a look at each in turn
+ * would wait for L2 as often. The warp is together again. */
+template <uint32_t MOST>
+static __device__ __forceinline__ void take_words(const struct team &t, const struct word *from, uint32_t stride, uint32_t count,
+                                                  struct word (&w)[MOST])
 {
-    struct team t;
-    t.size = gridDim.x, t.part = blockIdx.x, t.head = blockIdx.y, t.query = blockIdx.z, t.group = group;
-    t.shift = 31 - __clz(t.size), t.list = t.query * gridDim.y + t.head;
-    t.q_head = (uint64_t)t.list * group;
-    t.words = (struct word *)a.work.words + t.list * words, t.gate = a.work.gates + t.list * CUDA_GATE;
-    t.hint = a.work.hints + a.layer * gridDim.z * gridDim.y + t.list;
-    t.warp = threadIdx.x / WARP, t.lane = threadIdx.x % WARP;
-    return t;
-}
-
-static __device__ __forceinline__ void team_join(const struct cuda_attend &a, struct team &t)
-{
-    t.epoch = load_relaxed(t.gate + 64) + 1;
-    t.arrivals = load_relaxed(t.gate) & ~(t.size - 1); /* this block has not arrived, so the rest cannot be whole */
-    uint32_t hint = load_relaxed(t.hint);
-    t.window = min(hint > WINDOW / 2 ? hint - WINDOW / 2 : 0, 2048 - WINDOW);
+    bool all;
+    do {
+        all = true;
+#pragma unroll
+        for (uint32_t i = 0; i < MOST; i++)
+            w[i] = i < count ? look_at_word(from + i * stride) : word{0, 0, 0, t.epoch};
+#pragma unroll
+        for (uint32_t i = 0; i < MOST; i++)
+            all = all && w[i].epoch == t.epoch;
+    } while (!all);
+    __syncwarp();
 }
 
 /* All threads call it. */

@@ -217,7 +217,7 @@ static __device__ __forceinline__ void words_take(const struct team_call &call, 
         sum = __reduce_add_sync(ALL_LANES, sum);
         if (t.lane == 0)
             m->estimates[h][word] = sum;
-        if (w->write)
+        if (!t.plain && w->write)
             word_keep(call, t, h, word, weight, own);
     }
 }
@@ -234,13 +234,19 @@ static __device__ __forceinline__ void biases_join(const struct team_call &call,
         uint32_t h = set * 4 + t.lane % 4;
         struct team_shared::share r = {NOTHING, 0, 0};
 #pragma unroll 1
-        for (uint32_t i = t.lane / 4; i < shares && h < t.group; i += 8) {
-            struct word x = take_word(t, bias_words(t) + i * HEADS + h);
-            float most = fmaxf(r.max, __uint_as_float(x.x));
-            r.sum = r.sum * exp2_fast(r.max - most) + __uint_as_float(x.y) * exp2_fast(__uint_as_float(x.x) - most);
-            r.max = most, r.shift += __uint_as_float(x.z);
+        for (uint32_t i = t.lane / 4; i - t.lane / 4 < shares; i += 16) {
+            uint32_t left = i < shares && h < t.group ? (shares - i + 7) / 8 : 0;
+            struct word x[2];
+            take_words<2>(t, bias_words(t) + i * HEADS + h, 8 * HEADS, left, x);
+#pragma unroll
+            for (uint32_t j = 0; j < 2; j++)
+                if (j < left) {
+                    float most = fmaxf(r.max, __uint_as_float(x[j].x));
+                    r.sum = r.sum * exp2_fast(r.max - most) +
+                            __uint_as_float(x[j].y) * exp2_fast(__uint_as_float(x[j].x) - most);
+                    r.max = most, r.shift += __uint_as_float(x[j].z);
+                }
         }
-        __syncwarp();
         float most = r.max;
 #pragma unroll
         for (uint32_t s = 4; s < WARP; s *= 2) {
@@ -262,7 +268,7 @@ static __device__ __forceinline__ void biases_join(const struct team_call &call,
         m->bias[h] = bias, m->scale[h] = scale;
         if (t.part == 0)
             call.a.work.biases[t.q_head + h] = bias;
-        if (w->write)
+        if (!t.plain && w->write)
             call.a.work.scales[t.q_head + h] = scale;
     }
 }

@@ -133,10 +133,10 @@ static __device__ __forceinline__ uint32_t ends_take(const struct team_call &cal
         uint32_t token = end_token(e, begin + i);
         uint64_t address = begin + i < FIRST_ENDS ? m->end_rows[begin + i] : end_row(call, t, e, begin + i, l.cached);
         address &= ~FAR;
-        if (address & FETCHED)
+        if (!t.plain && address & FETCHED)
             address = row_cached(call.a, l, token, address, m->outcomes);
         r->address[i] = address, r->token[i] = token;
-        if (call.a.flags & CUDA_KEEP)
+        if (keeps(call, t))
             row_kept(call.a, t, begin + i < e.first ? begin + i : begin + i + k, token, address, 0);
     }
     return count;
@@ -271,13 +271,13 @@ static __device__ __forceinline__ void row_write(const struct team_call &call, c
     uint32_t to = k.greater + __popc(above & before) + min(own, p.ties), n = to - k.first;
     if (!((above | (own < p.ties ? at : 0)) >> t.lane & 1))
         return;
-    if (address & FETCHED)
+    if (!t.plain && address & FETCHED)
         address = row_cached(call.a, l, token, address, m->outcomes);
     if (n < p.keep)
         r->address[ends + n] = address, r->token[ends + n] = token;
     else
         put_word(t, row_words(t) + p.spill_first + n - p.keep, (uint32_t)address, (uint32_t)(address >> 32), token);
-    if (call.a.flags & CUDA_KEEP)
+    if (keeps(call, t))
         row_kept(call.a, t, sinks + to, token, address, code);
 }
 
@@ -347,12 +347,13 @@ static __device__ __forceinline__ uint32_t choose(const struct team_call &call, 
     ((uint4 *)m->counts)[threadIdx.x] = sums;
     __syncthreads();
     counts_send(t, m);
-    if (a.policy.top_p > 0) {
+    if (!t.plain && a.policy.top_p > 0) {
         k = budget_take(a, t, &c->all, sums);
         t.arrivals += t.size; /* its gate */
     }
     uint32_t ends = ends_take(call, t, m, l, ends_of(span), r, k);
-    if (a.flags & CUDA_KEEP)
+    if (keeps(call, t))
+#pragma unroll 1
         for (uint32_t i = threadIdx.x; i < tokens; i += THREADS)
             a.work.codes[t.list * codes_stride(a) + s.begin * PKV_BLOCK_TOKENS + i] = codes[i];
     *count = ends;

@@ -50,15 +50,18 @@ struct layout {
     uint32_t places, front, rings, ring, rows, bytes;
 };
 
-/* What the kernel is given; what can be worked out before is. */
+/* What the kernel is given; what can be worked out before is. What it reads first lies together. */
 struct team_call {
-    struct cuda_attend a;
+    struct word *list_words; /* of the first list, `each` a list */
+    uint32_t *gates, *hints; /* hints: of the layer */
+    const float *signs, *deviation; /* of the layer */
     struct layout at;
     uint32_t group, words;                          /* words: of a signature */
     uint32_t rows_slot, signatures_slot, rows_head; /* bytes of a block's rows, signatures, rows of a head */
     uint32_t most;                                  /* rows beside the ends that a block attends at most */
-    uint64_t each;                                  /* words of a list, of 16 bytes */
+    uint32_t each;                                  /* words of a list, of 16 bytes */
     float unit;                                     /* of the weights of `sign` */
+    struct cuda_attend a;
 };
 
 /* While a block chooses, in the rings' memory: behind it each warp's groups of eight tokens that have a chosen one [blocks x
@@ -84,6 +87,35 @@ static struct layout layout_of(const struct cuda_attend *a)
 }
 
 #if __CUDA_ARCH__ >= 900
+
+/* ---- the team ---- */
+
+/* What is known without memory; the grid is [queries][kv_heads][size]. */
+static __device__ __forceinline__ struct team team_of_block(const struct team_call &call, bool plain)
+{
+    struct team t;
+    t.size = gridDim.x, t.part = blockIdx.x, t.head = blockIdx.y, t.query = blockIdx.z, t.group = call.group;
+    t.shift = 31 - __clz(t.size), t.list = t.query * gridDim.y + t.head;
+    t.q_head = (uint64_t)t.list * t.group;
+    t.words = call.list_words + (uint64_t)t.list * call.each, t.gate = call.gates + t.list * CUDA_GATE;
+    t.hint = call.hints + t.list;
+    t.warp = threadIdx.x / WARP, t.lane = threadIdx.x % WARP, t.plain = plain;
+    return t;
+}
+
+static __device__ __forceinline__ void team_join(struct team &t)
+{
+    t.epoch = load_relaxed(t.gate + 64) + 1;
+    t.arrivals = load_relaxed(t.gate) & ~(t.size - 1); /* this block has not arrived, so the rest cannot be whole */
+    uint32_t hint = load_relaxed(t.hint);
+    t.window = min(hint > WINDOW / 2 ? hint - WINDOW / 2 : 0, 2048 - WINDOW);
+}
+
+/* CUDA_KEEP, which a plain call does not have. */
+static __device__ __forceinline__ bool keeps(const struct team_call &call, const struct team &t)
+{
+    return !t.plain && call.a.flags & CUDA_KEEP;
+}
 
 static __device__ __forceinline__ uint64_t address_of(const struct cuda_attend &a, uint64_t place, uint32_t slot_bytes)
 {

@@ -18,23 +18,27 @@ static __device__ __forceinline__ uint32_t weighed_head(const struct team &t)
 {
     return t.warp + t.group - WARPS;
 }
+static __device__ __forceinline__ bool signs_weigh(const struct cuda_attend &a, const struct team &t)
+{
+    return t.plain || (!a.weighed && a.scheme.kind == PKV_SCHEME_SIGN);
+}
 static __device__ __forceinline__ bool weighs_signs(const struct cuda_attend &a, const struct team &t)
 {
-    return !a.weighed && a.scheme.kind == PKV_SCHEME_SIGN && weighed_head(t) < t.group;
+    return signs_weigh(a, t) && weighed_head(t) < t.group;
 }
 
 /* What does not change as long as the scheme is used. */
 template <uint32_t DIM>
-static __device__ __forceinline__ void sign_load(const struct cuda_attend &a, const struct team &t, struct sign_query<DIM> &s)
+static __device__ __forceinline__ void sign_load(const struct team_call &call, const struct team &t, struct sign_query<DIM> &s)
 {
-    const float *deviation = a.scheme.deviation + ((uint64_t)a.layer * a.geom.kv_heads + t.head) * a.geom.sig_bits;
+    const float *deviation = call.deviation + t.head * call.words * WARP;
 #pragma unroll
     for (uint32_t b = 0; b < s.BASES; b++)
-        if (b == 0 || b < a.scheme.bases)
-            rotation_load(s.turn[b], a.scheme.signs + 2ull * b * DIM, t.lane);
+        if (b == 0 || b < call.a.scheme.bases)
+            rotation_load(s.turn[b], call.signs + 2ull * b * DIM, t.lane);
 #pragma unroll
     for (uint32_t i = 0; i < TEAM_SIG_WORDS; i++)
-        s.spread[i] = i < pkv_geom_words(&a.geom) ? __ldg(deviation + i * WARP + t.lane) : 0.0f;
+        s.spread[i] = i < call.words ? __ldg(deviation + i * WARP + t.lane) : 0.0f;
 }
 
 template <typename T, uint32_t DIM>
