@@ -37,6 +37,7 @@ static __device__ __noinline__ void rows_claim(const struct cuda_attend &a, stru
 static __device__ __forceinline__ void dense_rows(const struct cuda_attend &a, const struct team &t, struct team_rows *r,
                                                   uint32_t at, uint32_t rows)
 {
+#pragma unroll 1
     for (uint32_t i = threadIdx.x; i < rows; i += THREADS) {
         uint64_t place = t.blocks[(at + i) / PKV_BLOCK_TOKENS].rows;
         r->address[i] = (uint64_t)place_address(a.base, place, pkv_geom_block_bytes(&a.geom)) +
@@ -117,7 +118,8 @@ template <uint32_t DIM>
 static __device__ __forceinline__ void merge_blocks(const struct cuda_attend &a, const struct team &t, const struct word *words)
 {
     constexpr uint32_t EACH = TEAM_MAX / MERGE_LANES;
-    uint32_t share = t.group * DIM >> t.shift, lanes = min(t.size, MERGE_LANES), shift = min(t.shift, 2u), from = t.lane % lanes;
+    uint32_t share = t.group * DIM >> t.shift, lanes = min(t.size, MERGE_LANES), shift = min(t.shift, 2u),
+             from = t.lane % lanes;
 #pragma unroll 1
     for (uint32_t x = threadIdx.x; x - t.lane < share << shift; x += THREADS) {
         bool there = x >> shift < share;
@@ -206,13 +208,10 @@ static __device__ __forceinline__ void select_prepare(const struct team_call &ca
 }
 
 /* The ring holds less than 32 blocks: their addresses are known. */
-static __device__ __forceinline__ void stream_turns(const struct team_call &call, struct stream &s, uint32_t from, uint32_t to)
+template <uint32_t COPIES> static __device__ __forceinline__ void stream_turns(struct stream &s, uint32_t from, uint32_t to)
 {
-    auto none = [](uint32_t) -> uint64_t { return 0; };
-    if (call.words <= 2)
-        stream_begin<4>(s, none, from, to);
-    else
-        stream_begin<2>(s, none, from, to);
+    stream_begin<COPIES>(
+        s, [](uint32_t) -> uint64_t { return 0; }, from, to);
 }
 
 /* The stream of the part's signatures through `rings`: its first addresses are known. */
@@ -226,16 +225,13 @@ static __device__ __forceinline__ struct stream part_stream(const struct team_ca
     return s;
 }
 
-/* From the query to the rows that this block attends, `count` in r. */
-template <typename T, uint32_t DIM, uint32_t SETS>
-static __device__ __forceinline__ uint32_t select_rows(const struct team_call &call, struct team &t, struct team_shared *m,
-                                                       struct team_rows *r, const struct span &span, const struct list_of &l,
-                                                       uint32_t *count)
+/* From the queries' weights to the part's codes and their counts. */
+template <typename T, uint32_t DIM, uint32_t SETS, uint32_t COPIES, typename F>
+static __device__ __forceinline__ void codes_find(const struct team_call &call, const struct team &t, struct team_shared *m,
+                                                  const struct span &span, struct stream &s, uint16_t *codes,
+                                                  const F &addresses)
 {
     struct weigh_shared<HEADS> *w = (struct weigh_shared<HEADS> *)((unsigned char *)m + call.at.front);
-    uint16_t *codes = (uint16_t *)w;
-    struct choose_memory *c = (struct choose_memory *)((unsigned char *)m + call.at.rings);
-    uint64_t *places = (uint64_t *)((unsigned char *)m + call.at.places);
     struct ends e = ends_of(span);
     struct fitted f = fitted_of(e);
     struct end_keys<DIM> keys;
@@ -245,19 +241,37 @@ static __device__ __forceinline__ uint32_t select_rows(const struct team_call &c
 #pragma unroll
     for (uint32_t i = 0; i < 2; i++)
         bits[i] = fitted_load(f, t.lane + i * WARP, m->fitted[(f.first % 16 + t.lane + i * WARP) / 16], call.words, word);
-    struct stream s = part_stream(call, t, m, span, c);
-    auto addresses = [&](uint32_t i) { return stream_address(call, t, s, places, l.cached, i); };
-    s.next = s.count > WARP ? addresses(WARP) : 0;
     uint32_t early = max(s.depth / 4, 1u); /* turns; the words of the biases would wait behind the rest */
-    stream_turns(call, s, 0, early);
+    stream_turns<COPIES>(s, 0, early);
     ends_share<T, DIM>(call, t, m, e, keys);
-    words_take<SETS>(call, t, m, w, f, bits);
+    words_take<SETS, COPIES>(call, t, m, w, f, bits);
     __syncthreads();
     if (t.warp == 0)
         biases_join<SETS>(call, t, m, w, e);
     __syncthreads();
-    stream_turns(call, s, early, s.depth);
-    scan_part<SETS>(call, t, m, span, s, codes, addresses);
+    stream_turns<COPIES>(s, early, s.depth);
+    struct planes<SETS, COPIES> p;
+    planes_take(p, m->digits, m->scale, m->bias, t.group, call.words, t.lane);
+    scan_softmax(s, p, span, call.words, codes, m->counts, addresses);
+    __syncthreads();
+}
+
+/* From the query to the rows that this block attends, `count` in r. */
+template <typename T, uint32_t DIM, uint32_t SETS>
+static __device__ __forceinline__ uint32_t select_rows(const struct team_call &call, struct team &t, struct team_shared *m,
+                                                       struct team_rows *r, const struct span &span, const struct list_of &l,
+                                                       uint32_t *count)
+{
+    uint16_t *codes = (uint16_t *)((unsigned char *)m + call.at.front);
+    struct choose_memory *c = (struct choose_memory *)((unsigned char *)m + call.at.rings);
+    uint64_t *places = (uint64_t *)((unsigned char *)m + call.at.places);
+    struct stream s = part_stream(call, t, m, span, c);
+    auto addresses = [&](uint32_t i) { return stream_address(call, t, s, places, l.cached, i); };
+    s.next = s.count > WARP ? addresses(WARP) : 0;
+    if (call.words <= 2)
+        codes_find<T, DIM, SETS, 4>(call, t, m, span, s, codes, addresses);
+    else
+        codes_find<T, DIM, SETS, 2>(call, t, m, span, s, codes, addresses);
     return choose<false>(call, t, m, c, r, span, l, s, codes, 0, count);
 }
 
@@ -273,7 +287,10 @@ static __device__ __forceinline__ uint32_t select_integers(const struct team_cal
     struct stream s = part_stream(call, t, m, span, c);
     auto addresses = [&](uint32_t i) { return stream_address(call, t, s, places, l.cached, i); };
     s.next = s.count > WARP ? addresses(WARP) : 0;
-    stream_turns(call, s, 0, s.depth);
+    if (call.words <= 2)
+        stream_turns<4>(s, 0, s.depth);
+    else
+        stream_turns<2>(s, 0, s.depth);
     uint32_t low_bits = scan_integers(call, t, m, w, span, s, codes, addresses);
     return choose<true>(call, t, m, c, r, span, l, s, codes, low_bits, count);
 }
@@ -362,14 +379,12 @@ extern "C" uint32_t cuda_team_size(const struct cuda_attend *a, uint32_t process
     return able ? team_of(a, processors, PKV_MIN(shared, SHARED_MAX)) : 0;
 }
 
-template <typename T, uint32_t DIM, enum team_kind KIND>
-static void (*kernel_of_group(uint32_t group))(const struct team_call)
+template <typename T, uint32_t DIM, enum team_kind KIND> static void (*kernel_of_group(uint32_t group))(const struct team_call)
 {
     return group <= 4 ? team_kernel<T, DIM, 1, KIND> : team_kernel<T, DIM, 2, KIND>;
 }
 
-template <typename T, uint32_t DIM>
-static void (*kernel_of_kind(uint32_t group, enum team_kind kind))(const struct team_call)
+template <typename T, uint32_t DIM> static void (*kernel_of_kind(uint32_t group, enum team_kind kind))(const struct team_call)
 {
     return kind == TEAM_PLAIN ? kernel_of_group<T, DIM, TEAM_PLAIN>(group)
            : kind == TEAM_ANY ? kernel_of_group<T, DIM, TEAM_ANY>(group)
@@ -399,8 +414,9 @@ extern "C" int cuda_team_preload(void)
         return 0;
     most = PKV_MIN(most, (int)SHARED_MAX);
     for (uint32_t i = 0; i < 36; i++)
-        if (cudaFuncSetAttribute(kernel_of(i & 1 ? PKV_F16 : PKV_BF16, 64 << i / 12, i & 2 ? 8 : 4, (enum team_kind)(i / 4 % 3)),
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, most) != cudaSuccess)
+        if (cudaFuncSetAttribute(
+                kernel_of(i & 1 ? PKV_F16 : PKV_BF16, 64 << i / 12, i & 2 ? 8 : 4, (enum team_kind)(i / 4 % 3)),
+                cudaFuncAttributeMaxDynamicSharedMemorySize, most) != cudaSuccess)
             return -(int)PKV_ERR_UNSUPPORTED;
     return 0;
 }

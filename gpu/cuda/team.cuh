@@ -100,8 +100,8 @@ static __device__ __forceinline__ struct word take_word(const struct team &t, co
 /* `count` words of at most MOST, `stride` apart; the others become zero. One look is for all of them: a look at each in turn
  * would wait for L2 as often. The warp is together again. */
 template <uint32_t MOST>
-static __device__ __forceinline__ void take_words(const struct team &t, const struct word *from, uint32_t stride, uint32_t count,
-                                                  struct word (&w)[MOST])
+static __device__ __forceinline__ void take_words(const struct team &t, const struct word *from, uint32_t stride,
+                                                  uint32_t count, struct word (&w)[MOST])
 {
     bool all;
     do {

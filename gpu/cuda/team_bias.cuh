@@ -190,7 +190,7 @@ static __device__ __forceinline__ void fitted_only(const struct fitted &f, uint3
 /* A warp has a word of a head's weights: digits for the scan, and the sum of the weights of all bits that fitted tokens have
  * there. Of a fragment's rows each holds four tokens' words, of B's columns each a bit plane. The first word's tokens are on
  * their way. */
-template <uint32_t SETS>
+template <uint32_t SETS, uint32_t COPIES>
 static __device__ __forceinline__ void words_take(const struct team_call &call, const struct team &t, struct team_shared *m,
                                                   const struct weigh_shared<HEADS> *w, const struct fitted &f,
                                                   const uint4 (&ahead)[2])
@@ -202,7 +202,7 @@ static __device__ __forceinline__ void words_take(const struct team_call &call, 
             continue;
         int weight = w->weights[h][word * WARP + t.lane], sum = 0;
         uint32_t own = word_planes(weight, t.lane);
-        digits_write(weight, t.lane, call.words, m->digits, h * call.words + word);
+        digits_put<COPIES>(weight, t.lane, m->digits, h * call.words + word);
 #pragma unroll 1
         for (uint32_t i = t.lane; i < PKV_ALIGN_UP(f.count, WARP); i += WARP) {
             bool first = task == t.warp && i < 2 * WARP;
@@ -242,8 +242,8 @@ static __device__ __forceinline__ void biases_join(const struct team_call &call,
             for (uint32_t j = 0; j < 2; j++)
                 if (j < left) {
                     float most = fmaxf(r.max, __uint_as_float(x[j].x));
-                    r.sum = r.sum * exp2_fast(r.max - most) +
-                            __uint_as_float(x[j].y) * exp2_fast(__uint_as_float(x[j].x) - most);
+                    r.sum =
+                        r.sum * exp2_fast(r.max - most) + __uint_as_float(x[j].y) * exp2_fast(__uint_as_float(x[j].x) - most);
                     r.max = most, r.shift += __uint_as_float(x[j].z);
                 }
         }

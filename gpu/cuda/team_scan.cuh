@@ -52,8 +52,8 @@ struct layout {
 
 /* What the kernel is given; what can be worked out before is. What it reads first lies together. */
 struct team_call {
-    struct word *list_words; /* of the first list, `each` a list */
-    uint32_t *gates, *hints; /* hints: of the layer */
+    struct word *list_words;        /* of the first list, `each` a list */
+    uint32_t *gates, *hints;        /* hints: of the layer */
     const float *signs, *deviation; /* of the layer */
     struct layout at;
     uint32_t group, words;                          /* words: of a signature */
@@ -173,29 +173,6 @@ static __device__ __forceinline__ void word_keep(const struct team_call &call, c
     call.a.work.weights[(t.q_head + h) * call.a.geom.sig_bits + word * WARP + t.lane] = (int8_t)weight;
     if (t.lane % 4 == 0)
         call.a.work.planes[((t.q_head + h) * 8 + t.lane / 4) * call.words + word] = plane;
-}
-
-/* ---- scan ---- */
-
-template <uint32_t SETS, uint32_t COPIES, typename F>
-static __device__ __forceinline__ void scan_copies(const struct team_call &call, const struct team &t, struct team_shared *m,
-                                                   const struct span &span, struct stream &s, uint16_t *codes,
-                                                   const F &addresses)
-{
-    struct planes<SETS, COPIES> p;
-    planes_take(p, m->digits, m->scale, m->bias, t.group, call.words, t.lane);
-    scan_softmax(s, p, span, call.words, codes, m->counts, addresses);
-    __syncthreads();
-}
-
-template <uint32_t SETS, typename F>
-static __device__ __forceinline__ void scan_part(const struct team_call &call, const struct team &t, struct team_shared *m,
-                                                 const struct span &span, struct stream &s, uint16_t *codes, const F &addresses)
-{
-    if (call.words <= 2)
-        scan_copies<SETS, 4>(call, t, m, span, s, codes, addresses);
-    else
-        scan_copies<SETS, 2>(call, t, m, span, s, codes, addresses);
 }
 
 #endif /* architecture */
