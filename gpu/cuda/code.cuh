@@ -122,17 +122,15 @@ template <uint32_t SETS, uint32_t COPIES> struct planes {
     float scale[SETS], bias[SETS]; /* of head lane % 4; scale: of what score() returns */
 };
 
-/* The set's scales and biases, and the group's digits. Words that signatures do not have and heads beyond the group are zero.
- */
+/* The group's digits. Words that signatures do not have and heads beyond the group are zero. */
 template <uint32_t SETS, uint32_t COPIES, uint32_t ENTRIES>
-static __device__ __forceinline__ void planes_take(struct planes<SETS, COPIES> &p, const struct digit_planes<ENTRIES> &digits,
-                                                   const float *scales, const float *biases, uint32_t group, uint32_t words,
-                                                   uint32_t lane)
+static __device__ __forceinline__ void planes_digits(struct planes<SETS, COPIES> &p, const struct digit_planes<ENTRIES> &digits,
+                                                     uint32_t group, uint32_t words, uint32_t lane)
 {
     uint32_t column = lane / 4, k = lane % 4;
 #pragma unroll
     for (uint32_t set = 0; set < SETS; set++) {
-        uint32_t h = set * 4 + column / 2, own = set * 4 + k;
+        uint32_t h = set * 4 + column / 2;
 #pragma unroll
         for (uint32_t m = 0; m < DIGITS(COPIES) / 2; m++)
 #pragma unroll
@@ -142,6 +140,17 @@ static __device__ __forceinline__ void planes_take(struct planes<SETS, COPIES> &
                 bool there = h < group && word < words;
                 p.b[set][m][half] = there ? digits.at[digits.place(2 * m + column % 2, copy, COPIES) + h * words + word] : 0;
             }
+    }
+}
+
+/* The set's scales and biases. */
+template <uint32_t SETS, uint32_t COPIES>
+static __device__ __forceinline__ void planes_biases(struct planes<SETS, COPIES> &p, const float *scales, const float *biases,
+                                                     uint32_t group, uint32_t lane)
+{
+#pragma unroll
+    for (uint32_t set = 0; set < SETS; set++) {
+        uint32_t own = set * 4 + lane % 4;
         p.scale[set] = own < group ? scales[own] * UNIT_INV : 0.0f;
         p.bias[set] = own < group ? biases[own] : NOTHING;
     }
@@ -193,22 +202,34 @@ static __device__ __forceinline__ float quad_sum(const float (&v)[4], uint32_t l
     return lane & 2 ? (lane & 1 ? high.y : high.x) : lane & 1 ? low.y : low.x;
 }
 
+/* Scores of all heads for 32 tokens, this lane's as score() leaves them. */
+template <uint32_t SETS> struct scores {
+    float of[SETS][4];
+};
+
+template <uint32_t SETS, uint32_t COPIES>
+static __device__ __forceinline__ struct scores<SETS> scores_of(const struct fragments &s,
+                                                                const struct planes<SETS, COPIES> &p) {
+    struct scores<SETS> v;
+#pragma unroll
+    for (uint32_t set = 0; set < SETS; set++)
+        score(s, p, set, v.of[set]);
+    return v;
+}
+
 /* Of token lane of 32. */
 template <uint32_t SETS, uint32_t COPIES>
-static __device__ __forceinline__ uint32_t code_of(const struct fragments &s, const struct planes<SETS, COPIES> &p,
+static __device__ __forceinline__ uint32_t code_of(const struct scores<SETS> &v, const struct planes<SETS, COPIES> &p,
                                                    uint32_t lane)
 {
     float total[4];
 #pragma unroll
-    for (uint32_t set = 0; set < SETS; set++) {
-        float v[4];
-        score(s, p, set, v);
+    for (uint32_t set = 0; set < SETS; set++)
 #pragma unroll
         for (uint32_t j = 0; j < 4; j++) {
-            float power = exp2_fast(fmaf(v[j], p.scale[set], p.bias[set]));
+            float power = exp2_fast(fmaf(v.of[set][j], p.scale[set], p.bias[set]));
             total[j] = set ? total[j] + power : power;
         }
-    }
     /* Clamped as floats, where the code is 1 and the largest: one shift and one addition remain. */
     float sum = fminf(fmaxf(quad_sum(total, lane), CODE_LEAST), CODE_MOST);
     return (__float_as_uint(sum) >> 18) - GPU_CODE_BASE;

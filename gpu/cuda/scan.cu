@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(THREADS, SETS == 1 && COPIES != 1 ? 2 : 1)
     digits_take(a.work.planes + q_head * 8 * words, group, words, m);
     __syncthreads();
     struct planes<SETS, COPIES> p;
-    planes_take(p, m->digits, a.work.scales + q_head, a.work.biases + q_head, group, words, lane);
+    planes_digits(p, m->digits, group, words, lane);
+    planes_biases(p, a.work.scales + q_head, a.work.biases + q_head, group, lane);
     uint16_t *codes = a.work.codes + list * codes_stride(a) + (uint64_t)s.begin * PKV_BLOCK_TOKENS;
     scan_softmax(s, p, span, words, codes, m->counts, addresses);
     __syncthreads();

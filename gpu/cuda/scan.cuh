@@ -79,13 +79,12 @@ static __device__ __forceinline__ void stream_fill(struct stream &s, uint32_t i,
         s.now = s.next, s.next = addresses(i + BLOCKS + WARP);
 }
 
-/* As much as the ring holds, or its turns [from, to) of that; s.now and s.next are known. */
-template <uint32_t COPIES, typename F>
-static __device__ __forceinline__ void stream_begin(struct stream &s, const F &addresses, uint32_t from = 0, uint32_t to = 8)
+/* As much as the ring holds; s.now and s.next are known. */
+template <uint32_t COPIES, typename F> static __device__ __forceinline__ void stream_begin(struct stream &s, const F &addresses)
 {
     constexpr uint32_t BLOCKS = turn_blocks<COPIES>();
 #pragma unroll 1
-    for (uint32_t turn = from; turn < min(to, s.depth); turn++)
+    for (uint32_t turn = 0; turn < s.depth; turn++)
         stream_fill<COPIES>(s, turn * BLOCKS, s.memory + turn * BLOCKS * s.size, threadIdx.x % WARP, addresses);
 }
 
@@ -140,9 +139,10 @@ template <uint32_t COPIES, bool PAIRED> static __device__ __forceinline__ uint32
     return !PAIRED ? lane : COPIES == 4 ? lane / 4 * 8 + j % 2 * 4 + j / 2 * 2 : j / 2 * 32 + lane / 4 * 4 + j % 2 * 2;
 }
 
-/* Codes of the part's tokens to codes, and their counts, by all but the low bits; the stream has begun. load(at): what this
- * lane needs of a block that lies at `at` in shared memory; code(loaded, got): its two codes of each block of a turn. */
-template <uint32_t COPIES, bool PAIRED, typename F, typename L, typename C>
+/* Codes of the part's tokens to codes, and their counts, by all but the low bits, without the warp's first TURNS turns (0 or
+ * 1); the stream has begun. load(at): what this lane needs of a block that lies at `at` in shared memory; code(loaded, got):
+ * its two codes of each block of a turn. */
+template <uint32_t COPIES, bool PAIRED, uint32_t TURNS = 0, typename F, typename L, typename C>
 static __device__ __forceinline__ void scan_blocks(struct stream &s, const struct span &span, uint16_t *codes, uint32_t *counts,
                                                    uint32_t low_bits, const F &addresses, const L &load, const C &code)
 {
@@ -154,10 +154,10 @@ static __device__ __forceinline__ void scan_blocks(struct stream &s, const struc
     uint32_t before = PKV_DIV_UP(span.first, PKV_BLOCK_TOKENS), whole = span.last / PKV_BLOCK_TOKENS;
     uint32_t whole_from = before > first ? (before - first + SCAN_WARPS - 1) / SCAN_WARPS : 0;
     uint32_t whole_to = min(s.count, whole > first ? (whole - first + SCAN_WARPS - 1) / SCAN_WARPS : 0);
-    uint32_t ahead = s.depth * BLOCKS, slot = s.memory, behind = s.memory + s.depth * bytes;
-    codes += threadIdx.x / WARP * PKV_BLOCK_TOKENS + token;
+    uint32_t ahead = s.depth * BLOCKS, slot = s.memory + TURNS * bytes, behind = s.memory + s.depth * bytes;
+    codes += threadIdx.x / WARP * PKV_BLOCK_TOKENS + token + TURNS * BLOCKS * BLOCK_STRIDE;
 #pragma unroll 1
-    for (uint32_t i = 0; i < s.count; i += BLOCKS, codes += BLOCKS * BLOCK_STRIDE) {
+    for (uint32_t i = TURNS * BLOCKS; i < s.count; i += BLOCKS, codes += BLOCKS * BLOCK_STRIDE) {
         uint32_t got[2 * BLOCKS];
         decltype(load(0)) x[BLOCKS];
         stream_wait(s);
@@ -188,28 +188,33 @@ static __device__ __forceinline__ void scan_blocks(struct stream &s, const struc
     }
 }
 
+/* A block's signatures, of 32 tokens and of the next 32. */
+struct halves {
+    struct fragments of[2];
+};
+
+template <uint32_t COPIES> static __device__ __forceinline__ struct halves halves_load(uint32_t at, uint32_t words)
+{
+    uint32_t lane = threadIdx.x % WARP;
+    uint32_t word = min(COPIES == 4 ? lane % 2 : lane % 4, words - 1); /* where there is none, its planes are zero */
+    uint32_t own = (lane / 4 * words + word) * 16, apart = 8 * words * 16;
+    return {{fragments_load<COPIES>(at + own), fragments_load<COPIES>(at + own + apart)}};
+}
+
 /* The rule `softmax`. */
-template <uint32_t SETS, uint32_t COPIES, typename F>
+template <uint32_t SETS, uint32_t COPIES, uint32_t TURNS = 0, typename F>
 static __device__ __forceinline__ void scan_softmax(struct stream &s, const struct planes<SETS, COPIES> &p,
                                                     const struct span &span, uint32_t words, uint16_t *codes, uint32_t *counts,
                                                     const F &addresses)
 {
     constexpr uint32_t BLOCKS = turn_blocks<COPIES>();
-    struct halves {
-        struct fragments of[2];
-    };
     uint32_t lane = threadIdx.x % WARP;
-    uint32_t word = min(COPIES == 4 ? lane % 2 : lane % 4, words - 1); /* where there is none, its planes are zero */
-    uint32_t own = (lane / 4 * words + word) * 16, apart = 8 * words * 16;
-    scan_blocks<COPIES, false>(
-        s, span, codes, counts, 0, addresses,
-        [&](uint32_t at) {
-            return halves{{fragments_load<COPIES>(at + own), fragments_load<COPIES>(at + own + apart)}};
-        },
+    scan_blocks<COPIES, false, TURNS>(
+        s, span, codes, counts, 0, addresses, [&](uint32_t at) { return halves_load<COPIES>(at, words); },
         [&](const halves(&x)[BLOCKS], uint32_t(&got)[2 * BLOCKS]) {
 #pragma unroll
             for (uint32_t n = 0; n < 2 * BLOCKS; n++)
-                got[n] = code_of(x[n / 2].of[n % 2], p, lane);
+                got[n] = code_of(scores_of(x[n / 2].of[n % 2], p), p, lane);
         });
 }
 

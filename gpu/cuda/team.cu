@@ -207,11 +207,47 @@ static __device__ __forceinline__ void select_prepare(const struct team_call &ca
     places_find(call, t, m, span, ends_of(span), l.cached);
 }
 
-/* The ring holds less than 32 blocks: their addresses are known. */
+/* Turns [from, to) into their places in the ring, to <= depth + 1. They are less than 32 blocks: their addresses are known. */
 template <uint32_t COPIES> static __device__ __forceinline__ void stream_turns(struct stream &s, uint32_t from, uint32_t to)
 {
-    stream_begin<COPIES>(
-        s, [](uint32_t) -> uint64_t { return 0; }, from, to);
+    auto none = [](uint32_t) -> uint64_t { return 0; };
+#pragma unroll 1
+    for (uint32_t turn = from; turn < to; turn++)
+        stream_fill<COPIES>(s, turn * 2, s.memory + (turn == s.depth ? 0 : turn * 2 * s.size), threadIdx.x % WARP, none);
+}
+
+/* The scores of the warp's first turn are made while the biases are on their way. */
+template <uint32_t SETS> struct first_turn {
+    struct scores<SETS> of[4]; /* two blocks */
+};
+
+/* `early` turns have been asked for. */
+template <uint32_t SETS, uint32_t COPIES>
+static __device__ __forceinline__ void first_scores(const struct stream &s, const struct planes<SETS, COPIES> &p,
+                                                    uint32_t words, uint32_t early, struct first_turn<SETS> &x)
+{
+    if (early == 2)
+        asm volatile("cp.async.wait_group 1;" ::: "memory");
+    else
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+    __syncwarp();
+#pragma unroll
+    for (uint32_t n = 0; n < 2; n++) {
+        struct halves h = halves_load<COPIES>(s.memory + n * s.size, words);
+        x.of[2 * n] = scores_of(h.of[0], p), x.of[2 * n + 1] = scores_of(h.of[1], p);
+    }
+}
+
+template <uint32_t SETS, uint32_t COPIES>
+static __device__ __forceinline__ void first_codes(const struct stream &s, const struct planes<SETS, COPIES> &p,
+                                                   const struct span &span, const struct first_turn<SETS> &x, uint16_t *codes,
+                                                   uint32_t *counts)
+{
+    uint32_t lane = threadIdx.x % WARP, at = threadIdx.x / WARP * PKV_BLOCK_TOKENS + lane;
+#pragma unroll
+    for (uint32_t n = 0; n < 4; n++, at += n % 2 ? 32 : BLOCK_STRIDE - 32)
+        if (n / 2 < s.count)
+            code_put(code_of(x.of[n], p, lane), s.begin * PKV_BLOCK_TOKENS + at, span.first, span.last, codes + at, counts, 0);
 }
 
 /* The stream of the part's signatures through `rings`: its first addresses are known. */
@@ -246,13 +282,17 @@ static __device__ __forceinline__ void codes_find(const struct team_call &call, 
     ends_share<T, DIM>(call, t, m, e, keys);
     words_take<SETS, COPIES>(call, t, m, w, f, bits);
     __syncthreads();
+    struct planes<SETS, COPIES> p;
+    struct first_turn<SETS> first;
+    planes_digits(p, m->digits, t.group, call.words, t.lane);
+    first_scores(s, p, call.words, early, first);
     if (t.warp == 0)
         biases_join<SETS>(call, t, m, w, e);
     __syncthreads();
-    stream_turns<COPIES>(s, early, s.depth);
-    struct planes<SETS, COPIES> p;
-    planes_take(p, m->digits, m->scale, m->bias, t.group, call.words, t.lane);
-    scan_softmax(s, p, span, call.words, codes, m->counts, addresses);
+    stream_turns<COPIES>(s, early, s.depth + 1);
+    planes_biases(p, m->scale, m->bias, t.group, t.lane);
+    first_codes(s, p, span, first, codes, m->counts);
+    scan_softmax<SETS, COPIES, 1>(s, p, span, call.words, codes, m->counts, addresses);
     __syncthreads();
 }
 
@@ -287,10 +327,11 @@ static __device__ __forceinline__ uint32_t select_integers(const struct team_cal
     struct stream s = part_stream(call, t, m, span, c);
     auto addresses = [&](uint32_t i) { return stream_address(call, t, s, places, l.cached, i); };
     s.next = s.count > WARP ? addresses(WARP) : 0;
+    auto none = [](uint32_t) -> uint64_t { return 0; };
     if (call.words <= 2)
-        stream_turns<4>(s, 0, s.depth);
+        stream_begin<4>(s, none);
     else
-        stream_turns<2>(s, 0, s.depth);
+        stream_begin<2>(s, none);
     uint32_t low_bits = scan_integers(call, t, m, w, span, s, codes, addresses);
     return choose<true>(call, t, m, c, r, span, l, s, codes, low_bits, count);
 }
