@@ -100,9 +100,9 @@ static __device__ __forceinline__ void stream_wait(const struct stream &s)
     __syncwarp();
 }
 
-/* 32 tokens of a block in shared memory; at: of this lane's first word. A fragment that holds a signature twice is loaded twice
- * (volatile, so that it is): registers in a row are cheaper so than by moves. */
-template <uint32_t COPIES> static __device__ __forceinline__ struct fragments fragments_load(uint32_t at)
+/* 32 tokens of a block in shared memory; first, second: of this lane's first two words, of its other two. A fragment that holds
+ * a signature twice is loaded twice (volatile, so that it is): registers in a row are cheaper so than by moves. */
+template <uint32_t COPIES> static __device__ __forceinline__ struct fragments fragments_load(uint32_t first, uint32_t second)
 {
     struct fragments f;
 #pragma unroll
@@ -111,8 +111,14 @@ template <uint32_t COPIES> static __device__ __forceinline__ struct fragments fr
         for (uint32_t i = 0; i < 2; i++)
             asm volatile("ld.volatile.shared.v2.u32 {%0,%1},[%2];"
                          : "=r"(f.a[half][2 * i]), "=r"(f.a[half][2 * i + 1])
-                         : "r"(at + half * 8 + (COPIES == 1 ? i * 64 : 0)));
+                         : "r"((half ? second : first) + (COPIES == 1 ? i * 64 : 0)));
     return f;
+}
+
+/* Lanes whose words would meet those of other lanes in the same banks take the other two of their four tokens first. */
+template <uint32_t COPIES> static __device__ __forceinline__ uint32_t lane_turned(uint32_t lane)
+{
+    return COPIES == 2 ? lane ^ lane / 8 % 2 * 2 : lane;
 }
 
 static __device__ __forceinline__ uint4 load_shared(uint32_t at)
@@ -197,8 +203,9 @@ template <uint32_t COPIES> static __device__ __forceinline__ struct halves halve
 {
     uint32_t lane = threadIdx.x % WARP;
     uint32_t word = min(COPIES == 4 ? lane % 2 : lane % 4, words - 1); /* where there is none, its planes are zero */
-    uint32_t own = (lane / 4 * words + word) * 16, apart = 8 * words * 16;
-    return {{fragments_load<COPIES>(at + own), fragments_load<COPIES>(at + own + apart)}};
+    uint32_t own = (lane / 4 * words + word) * 16, turned = (lane ^ lane_turned<COPIES>(lane)) * 4, apart = 8 * words * 16;
+    uint32_t first = at + own + turned, second = at + own + 8 - turned;
+    return {{fragments_load<COPIES>(first, second), fragments_load<COPIES>(first + apart, second + apart)}};
 }
 
 /* The rule `softmax`. */
@@ -208,7 +215,7 @@ static __device__ __forceinline__ void scan_softmax(struct stream &s, const stru
                                                     const F &addresses)
 {
     constexpr uint32_t BLOCKS = turn_blocks<COPIES>();
-    uint32_t lane = threadIdx.x % WARP;
+    uint32_t lane = lane_turned<COPIES>(threadIdx.x % WARP);
     scan_blocks<COPIES, false, TURNS>(
         s, span, codes, counts, 0, addresses, [&](uint32_t at) { return halves_load<COPIES>(at, words); },
         [&](const halves(&x)[BLOCKS], uint32_t(&got)[2 * BLOCKS]) {

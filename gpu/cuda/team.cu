@@ -12,7 +12,7 @@
 #include "gpu/cuda/team_integer.cuh"
 #include "gpu/cuda/team_weigh.cuh"
 
-/* PLAIN: by softmax with weights of `sign`, no row cache, nothing kept, k given. Code for the rest in between would cost such a
+/* PLAIN: by softmax, no row cache, nothing kept, k given. Code for the rest in between would cost such a
  * call more than a microsecond: it runs every instruction once, and each jump over some that are not run waits for others. */
 enum team_kind { TEAM_PLAIN, TEAM_ANY, TEAM_INTEGER };
 
@@ -45,34 +45,45 @@ static __device__ __forceinline__ void dense_rows(const struct cuda_attend &a, c
     }
 }
 
-/* `count` rows of r, or all tokens from `begin` on. Returns how many warps have a result. */
+/* Rows of r, or all tokens from `begin` on; the first warp begins with the ends that are in their tile. Returns how many warps
+ * have a result. */
 template <typename T, uint32_t DIM, uint32_t SETS>
 static __device__ __forceinline__ uint32_t rows_attend(const struct cuda_attend &a, const struct team &t, struct team_shared *m,
-                                                       struct team_rows *r, unsigned char *tiles, uint32_t begin,
-                                                       uint32_t count, bool dense, bool cached)
+                                                       struct team_rows *r, unsigned char *tiles, unsigned char *ends,
+                                                       const struct own_rows &own, uint32_t begin, bool dense, bool cached)
 {
+    uint32_t there = own.there, count = own.count;
     constexpr uint32_t USED = DIM > 128 ? WARPS / 2 : WARPS, BYTES = tile_shape<T, DIM>::BYTES, ROW = tile_shape<T, DIM>::ROW;
     unsigned char *tile = tiles + t.warp * BYTES;
+    uint32_t busy = there ? 1 : 0, turn = t.warp >= busy ? t.warp - busy : USED - 1;
     struct tile_state<DIM> s;
     tile_reset(s);
 #pragma unroll 1
-    for (uint32_t at = 0; at < count; at += ROWS) {
-        uint32_t rows = min(ROWS, count - at);
+    for (uint32_t at = 0; at < count || there; at += ROWS) {
+        uint32_t rows = at < count ? min(ROWS, count - at) : 0;
         if (dense) {
             dense_rows(a, t, r, begin + at, rows);
             __syncthreads();
         }
 #pragma unroll 1
-        for (uint32_t first = t.warp * TILE_ROWS; first < rows && t.warp < USED; first += USED * TILE_ROWS) {
-            load_tile<ROW, tile_shape<T, DIM>::PITCH>(tile, r->address, cached ? r->keep : NULL, first, rows, t.lane);
-            tile_attend<T, DIM, (SETS > 1)>((uint32_t)__cvta_generic_to_shared(tile),
-                                            (uint32_t)__cvta_generic_to_shared(m->queries), min(TILE_ROWS, rows - first),
-                                            a.policy.scale * LOG2E, t.lane, s);
+        for (uint32_t first = turn * TILE_ROWS; t.warp < USED; first += USED * TILE_ROWS) {
+            bool ready = there && !t.warp;
+            if (!ready) {
+                if (first >= rows)
+                    break;
+                load_tile<ROW, tile_shape<T, DIM>::PITCH>(tile, r->address, cached ? r->keep : NULL, first, rows, t.lane);
+            }
+            tile_attend<T, DIM, (SETS > 1)>((uint32_t)__cvta_generic_to_shared(ready ? ends : tile),
+                                            (uint32_t)__cvta_generic_to_shared(m->queries),
+                                            ready ? there : min(TILE_ROWS, rows - first), a.policy.scale * LOG2E, t.lane, s);
+            if (ready)
+                first -= USED * TILE_ROWS, there = 0;
         }
+        there = 0;
         if (at + ROWS < count)
             __syncthreads(); /* the addresses are written again */
     }
-    uint32_t used = min(PKV_DIV_UP(count, TILE_ROWS), USED);
+    uint32_t used = min(PKV_DIV_UP(count, TILE_ROWS) + busy, USED);
     if (t.warp < used)
         tile_result<DIM, (SETS > 1)>(s, (float *)tile, &m->ends[0][0][t.warp], &m->ends[1][0][t.warp], WARPS, t.lane);
     __syncthreads();
@@ -201,7 +212,7 @@ static __device__ __forceinline__ void select_prepare(const struct team_call &ca
     if (weighs_signs(call.a, t)) {
         sign_turn<DIM>(call, sign);
         sign_quantize<DIM>(call, t, w, sign);
-    } else if (!signs_weigh(call.a, t)) {
+    } else if (!signs_weigh(call.a)) {
         other_weigh<T, DIM>(call.a, t.head, t.group, t.q_head, w);
     }
     places_find(call, t, m, span, ends_of(span), l.cached);
@@ -247,7 +258,8 @@ static __device__ __forceinline__ void first_codes(const struct stream &s, const
 #pragma unroll
     for (uint32_t n = 0; n < 4; n++, at += n % 2 ? 32 : BLOCK_STRIDE - 32)
         if (n / 2 < s.count)
-            code_put(code_of(x.of[n], p, lane), s.begin * PKV_BLOCK_TOKENS + at, span.first, span.last, codes + at, counts, 0);
+            code_put(code_of(x.of[n], p, lane_turned<COPIES>(lane)), s.begin * PKV_BLOCK_TOKENS + at, span.first, span.last,
+                     codes + at, counts, 0);
 }
 
 /* The stream of the part's signatures through `rings`: its first addresses are known. */
@@ -261,11 +273,11 @@ static __device__ __forceinline__ struct stream part_stream(const struct team_ca
     return s;
 }
 
-/* From the queries' weights to the part's codes and their counts. */
+/* From the queries' weights to the part's codes and their counts. Returns how many of the block's ends are there meanwhile. */
 template <typename T, uint32_t DIM, uint32_t SETS, uint32_t COPIES, typename F>
-static __device__ __forceinline__ void codes_find(const struct team_call &call, const struct team &t, struct team_shared *m,
-                                                  const struct span &span, struct stream &s, uint16_t *codes,
-                                                  const F &addresses)
+static __device__ __forceinline__ uint32_t codes_find(const struct team_call &call, const struct team &t, struct team_shared *m,
+                                                      const struct span &span, struct stream &s, uint16_t *codes,
+                                                      const F &addresses)
 {
     struct weigh_shared<HEADS> *w = (struct weigh_shared<HEADS> *)((unsigned char *)m + call.at.front);
     struct ends e = ends_of(span);
@@ -285,22 +297,34 @@ static __device__ __forceinline__ void codes_find(const struct team_call &call, 
     struct planes<SETS, COPIES> p;
     struct first_turn<SETS> first;
     planes_digits(p, m->digits, t.group, call.words, t.lane);
-    first_scores(s, p, call.words, early, first);
-    if (t.warp == 0)
-        biases_join<SETS>(call, t, m, w, e);
-    __syncthreads();
-    stream_turns<COPIES>(s, early, s.depth + 1);
+    uint32_t there = 0;
+    /* The first warp joins the biases, and has its scores after the others. */
+#pragma unroll 1
+    for (bool joined = false;; joined = true) {
+        if (joined == (t.warp == 0))
+            first_scores(s, p, call.words, early, first);
+        if (joined)
+            break;
+        there = ends_fetch<T, DIM>(call, t, m, e);
+        if (t.warp == 0)
+            biases_join<SETS>(call, t, m, w, e);
+        __syncthreads();
+    }
+    if (s.count > 2)
+        stream_turns<COPIES>(s, early, s.depth + 1);
     planes_biases(p, m->scale, m->bias, t.group, t.lane);
     first_codes(s, p, span, first, codes, m->counts);
     scan_softmax<SETS, COPIES, 1>(s, p, span, call.words, codes, m->counts, addresses);
+    asm volatile("cp.async.wait_all;" ::: "memory"); /* ends_fetch() */
     __syncthreads();
+    return there;
 }
 
-/* From the query to the rows that this block attends, `count` in r. */
+/* From the query to the rows that this block attends. */
 template <typename T, uint32_t DIM, uint32_t SETS>
 static __device__ __forceinline__ uint32_t select_rows(const struct team_call &call, struct team &t, struct team_shared *m,
                                                        struct team_rows *r, const struct span &span, const struct list_of &l,
-                                                       uint32_t *count)
+                                                       struct own_rows *own)
 {
     uint16_t *codes = (uint16_t *)((unsigned char *)m + call.at.front);
     struct choose_memory *c = (struct choose_memory *)((unsigned char *)m + call.at.rings);
@@ -309,16 +333,16 @@ static __device__ __forceinline__ uint32_t select_rows(const struct team_call &c
     auto addresses = [&](uint32_t i) { return stream_address(call, t, s, places, l.cached, i); };
     s.next = s.count > WARP ? addresses(WARP) : 0;
     if (call.words <= 2)
-        codes_find<T, DIM, SETS, 4>(call, t, m, span, s, codes, addresses);
+        own->there = codes_find<T, DIM, SETS, 4>(call, t, m, span, s, codes, addresses);
     else
-        codes_find<T, DIM, SETS, 2>(call, t, m, span, s, codes, addresses);
-    return choose<false>(call, t, m, c, r, span, l, s, codes, 0, count);
+        own->there = codes_find<T, DIM, SETS, 2>(call, t, m, span, s, codes, addresses);
+    return choose<false>(call, t, m, c, r, span, l, s, codes, 0, own);
 }
 
 /* The same by the rules `sum` and `max`. */
 static __device__ __forceinline__ uint32_t select_integers(const struct team_call &call, struct team &t, struct team_shared *m,
                                                            struct team_rows *r, const struct span &span,
-                                                           const struct list_of &l, uint32_t *count)
+                                                           const struct list_of &l, struct own_rows *own)
 {
     struct weigh_shared<HEADS> *w = (struct weigh_shared<HEADS> *)((unsigned char *)m + call.at.front);
     uint16_t *codes = (uint16_t *)w;
@@ -333,7 +357,7 @@ static __device__ __forceinline__ uint32_t select_integers(const struct team_cal
     else
         stream_begin<2>(s, none);
     uint32_t low_bits = scan_integers(call, t, m, w, span, s, codes, addresses);
-    return choose<true>(call, t, m, c, r, span, l, s, codes, low_bits, count);
+    return choose<true>(call, t, m, c, r, span, l, s, codes, low_bits, own);
 }
 
 template <typename T, uint32_t DIM, uint32_t SETS, enum team_kind KIND>
@@ -369,21 +393,23 @@ __global__ void __launch_bounds__(THREADS, 1) team_kernel(const __grid_constant_
     if (!span.dense)
         select_prepare<T, DIM>(call, t, m, span, l, sign);
     __syncthreads();
-    uint32_t k = 0, begin = 0, count;
+    uint32_t k = 0, begin = 0;
+    struct own_rows own = {0, 0};
     if (span.dense) {
         uint32_t per = (span.visible + t.size - 1) >> t.shift;
-        begin = min(t.part * per, span.visible), count = min(per, span.visible - begin);
+        begin = min(t.part * per, span.visible), own.count = min(per, span.visible - begin);
     } else {
         if constexpr (KIND == TEAM_INTEGER)
-            k = select_integers(call, t, m, r, span, l, &count);
+            k = select_integers(call, t, m, r, span, l, &own);
         else
-            k = select_rows<T, DIM, SETS>(call, t, m, r, span, l, &count);
+            k = select_rows<T, DIM, SETS>(call, t, m, r, span, l, &own);
         if (l.cached) {
-            rows_claim(a, t, l, r, count, m->outcomes);
+            rows_claim(a, t, l, r, own.count, m->outcomes);
             __syncthreads();
         }
     }
-    uint32_t used = rows_attend<T, DIM, SETS>(a, t, m, r, front, begin, count, span.dense, l.cached && !span.dense);
+    uint32_t used =
+        rows_attend<T, DIM, SETS>(a, t, m, r, front, shared + call.at.ends, own, begin, span.dense, l.cached && !span.dense);
     struct word *words = result_words(t, a.policy.k);
     merge_warps<T, DIM>(t, m, front, used, words);
     merge_blocks<DIM>(a, t, words);
@@ -480,8 +506,7 @@ static uint32_t rows_most(const struct cuda_attend *a)
 
 static enum team_kind kind_of(const struct cuda_attend *a)
 {
-    bool plain = !(a->flags & CUDA_KEEP) && !a->cache.entries && a->policy.top_p <= 0 && !a->weighed &&
-                 a->scheme.kind == PKV_SCHEME_SIGN;
+    bool plain = !(a->flags & CUDA_KEEP) && !a->cache.entries && a->policy.top_p <= 0;
     return a->policy.rule != PKV_RULE_SOFTMAX ? TEAM_INTEGER : plain ? TEAM_PLAIN : TEAM_ANY;
 }
 

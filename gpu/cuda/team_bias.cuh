@@ -19,6 +19,17 @@ static __device__ __forceinline__ struct ends ends_of(const struct span &span)
     return {span.first, span.last, span.first + recent, recent ? span.first : 0};
 }
 
+/* Those that a block attends: [begin, begin + count). */
+struct own_ends {
+    uint32_t begin, count;
+};
+
+static __device__ __forceinline__ struct own_ends own_ends(const struct team &t, const struct ends &e)
+{
+    uint32_t each = (e.count + t.size - 1) >> t.shift, begin = min(t.part * each, e.count);
+    return {begin, min(each, e.count - begin)};
+}
+
 static __device__ __forceinline__ uint32_t end_token(const struct ends &e, uint32_t i)
 {
     return i < e.first ? i : e.last + (i - e.first);
@@ -149,6 +160,35 @@ static __device__ __forceinline__ void ends_share(const struct team_call &call, 
         if (t.lane < 4 && t.lane * 2 + c < t.group)
             put_word(t, words + t.lane * 2 + c, __float_as_uint(mine[c].max), __float_as_uint(mine[c].sum),
                      __float_as_uint(mine[c].shift));
+}
+
+/* ---- their rows ---- */
+
+/* Those that the block attends come into a tile of their own while it waits for the biases, two rows a warp, unless one lies in
+ * the CPU's memory. Returns how many they are. */
+template <typename T, uint32_t DIM>
+static __device__ __forceinline__ uint32_t ends_fetch(const struct team_call &call, const struct team &t,
+                                                      const struct team_shared *m, const struct ends &e)
+{
+    constexpr uint32_t PIECES = tile_shape<T, DIM>::ROW / 16, FETCHERS = TILE_ROWS / 2;
+    struct own_ends own = own_ends(t, e);
+    uint64_t row = call.at.ends && t.lane < own.count ? m->end_rows[own.begin + t.lane] : 0;
+    if (!call.at.ends || __any_sync(ALL_LANES, row & FAR))
+        return 0;
+    if (t.warp < WARPS - FETCHERS)
+        return own.count;
+#pragma unroll
+    for (uint32_t i = 0; i < TILE_ROWS * PIECES / FETCHERS / WARP; i++) {
+        uint32_t piece = i * WARP + t.lane, r = (t.warp - (WARPS - FETCHERS)) * 2 + piece / PIECES;
+        uint64_t from = __shfl_sync(ALL_LANES, row, r) + piece % PIECES * 16;
+        uint32_t to =
+            (uint32_t)__cvta_generic_to_shared(m) + call.at.ends + r * tile_shape<T, DIM>::PITCH + piece % PIECES * 16;
+        if (r < own.count)
+            asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(to), "l"(from) : "memory");
+        else /* what is not there must be a number */
+            asm volatile("st.shared.v4.u32 [%0],{%1,%1,%1,%1};" ::"r"(to), "r"(0) : "memory");
+    }
+    return own.count;
 }
 
 /* ---- estimates ---- */

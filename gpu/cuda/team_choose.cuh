@@ -123,23 +123,24 @@ static __device__ __forceinline__ void row_kept(const struct cuda_attend &a, con
     a.work.index[list + to] = token, a.work.address[list + to] = address, a.work.scores[list + to] = (uint16_t)code;
 }
 
-/* This block's part of the ends. */
+/* This block's part of the ends. `there`: in their own tile already. */
 static __device__ __forceinline__ uint32_t ends_take(const struct team_call &call, const struct team &t, struct team_shared *m,
                                                      const struct list_of &l, const struct ends &e, struct team_rows *r,
-                                                     uint32_t k)
+                                                     uint32_t k, bool there)
 {
-    uint32_t each = (e.count + t.size - 1) >> t.shift, begin = min(t.part * each, e.count), count = min(each, e.count - begin);
-    for (uint32_t i = threadIdx.x; i < count; i += THREADS) {
-        uint32_t token = end_token(e, begin + i);
-        uint64_t address = begin + i < FIRST_ENDS ? m->end_rows[begin + i] : end_row(call, t, e, begin + i, l.cached);
-        address &= ~FAR;
+    struct own_ends own = own_ends(t, e);
+#pragma unroll 1
+    for (uint32_t i = threadIdx.x; i < own.count; i += THREADS) {
+        uint32_t at = own.begin + i, token = end_token(e, at);
+        uint64_t address = (at < FIRST_ENDS ? m->end_rows[at] : end_row(call, t, e, at, l.cached)) & ~FAR;
         if (!t.plain && address & FETCHED)
             address = row_cached(call.a, l, token, address, m->outcomes);
-        r->address[i] = address, r->token[i] = token;
+        if (!there)
+            r->address[i] = address, r->token[i] = token;
         if (keeps(call, t))
-            row_kept(call.a, t, begin + i < e.first ? begin + i : begin + i + k, token, address, 0);
+            row_kept(call.a, t, at < e.first ? at : at + k, token, address, 0);
     }
-    return count;
+    return there ? 0 : own.count;
 }
 
 /* Groups of eight tokens of this warp's share of the part, [first, last), that reach a code, in order; returns how many. */
@@ -332,13 +333,18 @@ static __device__ __noinline__ uint32_t budget_take(const struct cuda_attend &a,
     return c->k;
 }
 
-/* Returns how many are chosen beside the ends; r has `count` rows for this block then. low_bits: of codes, that are not
- * counted. */
+/* What a block attends: ends that are in their tile already, rows whose addresses it has. */
+struct own_rows {
+    uint32_t there, count;
+};
+
+/* Returns how many of the list are chosen beside the ends; r has this block's own->count rows then. low_bits: of codes, that
+ * are not counted. */
 template <bool INTEGER>
 static __device__ __forceinline__ uint32_t choose(const struct team_call &call, struct team &t, struct team_shared *m,
                                                   struct choose_memory *c, struct team_rows *r, const struct span &span,
                                                   const struct list_of &l, const struct stream &s, const uint16_t *codes,
-                                                  uint32_t low_bits, uint32_t *count)
+                                                  uint32_t low_bits, struct own_rows *own)
 {
     const struct cuda_attend &a = call.a;
     const uint64_t *places = (const uint64_t *)((unsigned char *)m + call.at.places);
@@ -351,12 +357,14 @@ static __device__ __forceinline__ uint32_t choose(const struct team_call &call, 
         k = budget_take(a, t, &c->all, sums);
         t.arrivals += t.size; /* its gate */
     }
-    uint32_t ends = ends_take(call, t, m, l, ends_of(span), r, k);
+    uint32_t ends = 0;
+    if (!own->there || keeps(call, t))
+        ends = ends_take(call, t, m, l, ends_of(span), r, k, own->there > 0);
     if (keeps(call, t))
 #pragma unroll 1
         for (uint32_t i = threadIdx.x; i < tokens; i += THREADS)
             a.work.codes[t.list * codes_stride(a) + s.begin * PKV_BLOCK_TOKENS + i] = codes[i];
-    *count = ends;
+    own->count = ends;
     if (k) {
         uint32_t per = PKV_ALIGN_UP(PKV_DIV_UP(tokens, WARPS), 32u), first = min(t.warp * per, tokens);
         uint32_t last = min(first + per, tokens), most = call.most;
@@ -380,7 +388,7 @@ static __device__ __forceinline__ uint32_t choose(const struct team_call &call, 
             struct word w = take_word(t, row_words(t) + m->plan.take_first + i);
             r->address[at + i] = (uint64_t)w.y << 32 | w.x, r->token[at + i] = w.z;
         }
-        *count = at + take;
+        own->count = at + take;
     }
     __syncthreads(); /* the codes' memory is used again */
     return k;

@@ -45,9 +45,10 @@ struct team_rows {
     uint32_t token[ROWS];
 };
 
-/* Offsets in shared memory, bytes of a warp's ring, all bytes. */
+/* Offsets in shared memory, bytes of a warp's ring, all bytes. ends: a tile for those that the block attends, 0 where there is
+ * no room. */
 struct layout {
-    uint32_t places, front, rings, ring, rows, bytes;
+    uint32_t places, front, rings, ring, rows, ends, bytes;
 };
 
 /* What the kernel is given; what can be worked out before is. What it reads first lies together. */
@@ -75,7 +76,7 @@ static struct layout layout_of(const struct cuda_attend *a)
     uint32_t blocks = PKV_DIV_UP(pkv_tokens_blocks(a->tokens_max), a->team), codes = blocks * PKV_BLOCK_TOKENS * 2;
     uint32_t weigh = (uint32_t)sizeof(struct weigh_shared<HEADS>),
              choose = (uint32_t)sizeof(struct choose_memory) + blocks * 16;
-    uint32_t tile = 16 * (2 * a->geom.head_dim * 2 + 16), warps = a->geom.head_dim > 128 ? WARPS / 2 : WARPS;
+    uint32_t tile = TILE_ROWS * (2 * a->geom.head_dim * 2 + 16), warps = a->geom.head_dim > 128 ? WARPS / 2 : WARPS;
     struct layout l;
     l.places = (uint32_t)PKV_ALIGN_UP(sizeof(struct team_shared), 16u);
     l.front = PKV_ALIGN_UP(l.places + blocks * 8, 128u);
@@ -83,6 +84,10 @@ static struct layout layout_of(const struct cuda_attend *a)
     l.ring = l.rings + WARPS * 2 * RING <= SHARED_MAX ? 2 * RING : RING; /* twice as deep where there is room */
     l.rows = PKV_ALIGN_UP(PKV_MAX(l.front + warps * tile, l.rings + choose), 128u);
     l.bytes = PKV_MAX(l.rings + WARPS * l.ring, l.rows + (uint32_t)sizeof(struct team_rows));
+    uint32_t all = a->policy.sinks + a->policy.recent, behind = PKV_ALIGN_UP(l.bytes, 128u);
+    bool few = all <= FIRST_ENDS && PKV_DIV_UP(all, a->team) <= TILE_ROWS;
+    l.ends = few && behind + tile <= SHARED_MAX ? behind : 0;
+    l.bytes = l.ends ? behind + tile : l.bytes;
     return l;
 }
 

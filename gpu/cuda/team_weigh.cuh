@@ -18,13 +18,13 @@ static __device__ __forceinline__ uint32_t weighed_head(const struct team &t)
 {
     return t.warp + t.group - WARPS;
 }
-static __device__ __forceinline__ bool signs_weigh(const struct cuda_attend &a, const struct team &t)
+static __device__ __forceinline__ bool signs_weigh(const struct cuda_attend &a)
 {
-    return t.plain || (!a.weighed && a.scheme.kind == PKV_SCHEME_SIGN);
+    return !a.weighed && a.scheme.kind == PKV_SCHEME_SIGN;
 }
 static __device__ __forceinline__ bool weighs_signs(const struct cuda_attend &a, const struct team &t)
 {
-    return signs_weigh(a, t) && weighed_head(t) < t.group;
+    return signs_weigh(a) && weighed_head(t) < t.group;
 }
 
 /* What does not change as long as the scheme is used. */
