@@ -10,7 +10,7 @@
 
 #define NONE        UINT32_MAX
 #define PENDING_MAX 256u
-#define HINTS       8u /* where the last slot was: slots of one size lie in other chunks than those of another */
+#define HINTS       32u /* where the last slot was, by size: rows and signatures lie in chunks of their own */
 
 enum block_state { BLOCK_FREE, BLOCK_GRANTED, BLOCK_SEALED, BLOCK_HOME, BLOCK_STATES };
 

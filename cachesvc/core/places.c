@@ -91,7 +91,7 @@ uint64_t place_take(struct core *core, const struct place_kind *k, uint32_t bloc
 {
     uint32_t count = core->chunk_count[k->tier];
     struct chunk *chunks = core->chunks[k->tier];
-    uint32_t *hint = &core->chunk_hint[k->tier][k->slot_bytes / 512 % HINTS];
+    uint32_t *hint = &core->chunk_hint[k->tier][HINTS - 1 - (uint32_t)__builtin_clz((uint32_t)k->slot_bytes)];
     /* From the chunk that had room last: chunks before it are mostly full. */
     for (uint32_t n = 0, i = *hint < count ? *hint : 0; n < count; n++, i = i + 1 < count ? i + 1 : 0) {
         if (chunks[i].free_head == NONE || !place_chunk_fits(core, k, i))
