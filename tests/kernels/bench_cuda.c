@@ -120,17 +120,26 @@ static void run_read(struct bench *b, uint32_t l)
     (void)l;
     MUST(cuda_read_launch(b->pool, 1ull << 30, b->work, b->stream) == 0);
 }
-static void run_append(struct bench *b, uint32_t l)
+static void append_tokens(struct bench *b, uint32_t l, uint32_t tokens)
 {
+    uint64_t from = (uint64_t)l * tokens % CHUNK * 2048; /* not what the call before has read, unless it is all */
     struct cuda_append append = {.geom = b->geom,
                                  .scheme = b->scheme,
                                  .base = {NULL, b->bases, b->bases},
                                  .seqs = b->layer[l].seqs,
-                                 .k = b->k,
-                                 .v = b->v,
+                                 .k = (char *)b->k + (b->batch > 1 ? 0 : from),
+                                 .v = (char *)b->v + (b->batch > 1 ? 0 : from),
                                  .count = b->batch,
-                                 .tokens = b->batch > 1 ? 1 : PKV_MIN(b->tokens, CHUNK)};
+                                 .tokens = tokens};
     MUST(table->append(&append, b->stream) == 0);
+}
+static void run_append(struct bench *b, uint32_t l)
+{
+    append_tokens(b, l, b->batch > 1 ? 1 : PKV_MIN(b->tokens, CHUNK));
+}
+static void run_append_4096(struct bench *b, uint32_t l)
+{
+    append_tokens(b, l, 4096);
 }
 
 /* Random bf16 of about unit size. */
@@ -351,6 +360,8 @@ static void bench_shape(uint32_t tokens, uint32_t batch, uint32_t bits)
     double moved = (double)PKV_MIN(tokens, CHUNK) * 8 * (1024 + bits / 8);
     report(&b, batch > 1 ? "append 1 token each" : "append", timed(&b, run_append),
            batch > 1 ? (double)batch * 8 * 1024 : moved);
+    if (batch == 1)
+        report(&b, "append 4096", timed(&b, run_append_4096), 4096.0 * 8 * (1024 + bits / 8));
     bench_hamming(&b, signatures, chosen);
     if (tokens <= 32768)
         bench_dense(&b);
