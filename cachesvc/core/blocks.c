@@ -11,23 +11,29 @@ static void set_state(struct core *core, struct block *b, enum block_state state
     b->state = (uint8_t)state;
 }
 
+static bool blocks_grow(struct core *core)
+{
+    uint32_t room = core->block_room ? core->block_room * 2 : 1024;
+    struct block *more = realloc(core->blocks, room * sizeof(*more));
+    core->blocks = more ? more : core->blocks;
+    uint64_t *words = more ? realloc(core->block_free.word, room / 64 * sizeof(*words)) : NULL;
+    if (!words)
+        return false;
+    memset(words + core->block_room / 64, 0, (room - core->block_room) / 64 * sizeof(*words));
+    core->block_free.word = words, core->block_room = room;
+    return true;
+}
+
 static uint32_t block_take(struct core *core)
 {
-    if (core->block_free == NONE) {
-        if (core->block_count == core->block_room) {
-            uint32_t room = core->block_room ? core->block_room * 2 : 1024;
-            struct block *more = realloc(core->blocks, room * sizeof(*more));
-            if (!more)
-                return NONE;
-            core->blocks = more;
-            core->block_room = room;
-        }
-        core->blocks[core->block_count] = (struct block){.next = NONE};
+    if (!core->by_state[BLOCK_FREE]) {
+        if (core->block_count == core->block_room && !blocks_grow(core))
+            return NONE;
+        core->blocks[core->block_count] = (struct block){.state = BLOCK_FREE};
         core->by_state[BLOCK_FREE]++;
-        core->block_free = core->block_count++;
+        set_put(&core->block_free, core->block_count++);
     }
-    uint32_t b = core->block_free;
-    core->block_free = core->blocks[b].next;
+    uint32_t b = set_take(&core->block_free);
     assert(core->blocks[b].state == BLOCK_FREE);
     return b;
 }
@@ -35,8 +41,8 @@ static uint32_t block_take(struct core *core)
 static void block_put_back(struct core *core, uint32_t b)
 {
     set_state(core, &core->blocks[b], BLOCK_FREE);
-    core->blocks[b] = (struct block){.next = core->block_free};
-    core->block_free = b;
+    core->blocks[b] = (struct block){.state = BLOCK_FREE};
+    set_put(&core->block_free, b);
 }
 
 enum pkv_err block_make(struct core *core, uint32_t seq, uint32_t layer, uint32_t index, uint32_t *ret_block)

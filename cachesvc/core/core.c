@@ -12,7 +12,6 @@ struct core *core_create(const struct core_config *config, const struct core_hoo
     core->config = *config;
     core->config.pool_devices = PKV_MAX(config->pool_devices, 1u);
     core->hooks = *hooks;
-    core->block_free = NONE;
     core->chunks[PKV_TIER_POOL] = malloc(config->pool_chunks * sizeof(struct chunk));
     core->chunks[PKV_TIER_ARENA] = malloc(config->arena_chunks * sizeof(struct chunk));
     core->devices = malloc(core->config.pool_devices * sizeof(*core->devices));
@@ -32,7 +31,7 @@ void core_destroy(struct core *core)
         if (core->seqs[i].live)
             seq_free(core, i);
     places_destroy(core);
-    free(core->blocks), free(core->actions), free(core);
+    free(core->blocks), free(core->block_free.word), free(core->actions), free(core);
 }
 
 void core_emit(struct core *core, const struct core_action *action)

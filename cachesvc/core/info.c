@@ -80,6 +80,9 @@ static bool owns(const struct core *core, uint64_t place, uint32_t tier, uint32_
 static const char *check_block(const struct core *core, uint32_t id, uint32_t seen, uint64_t *owned)
 {
     const struct block *b = &core->blocks[id];
+    if (set_has(&core->block_free, id) != (b->state == BLOCK_FREE) ||
+        (b->state == BLOCK_FREE && id / 64 < core->block_free.first))
+        return "a free block is not to be had, or another is";
     if (b->state == BLOCK_FREE)
         return seen ? "a table refers to a free block" : NULL;
     bool signs = b->sig_bytes;
@@ -143,12 +146,13 @@ static const char *check_chunks(const struct core *core, uint64_t owned)
     for (uint32_t tier = PKV_TIER_POOL; tier < PKV_TIERS; tier++) {
         for (uint32_t i = 0; i < core->chunk_count[tier]; i++) {
             const struct chunk *c = &core->chunks[tier][i];
-            uint32_t mine = 0, gone = 0, unused = 0, listed = 0;
-            for (uint32_t s = 0; s < c->slots; s++)
-                *(c->owner[s] == NONE ? &unused : c->owner[s] == RETIRED ? &gone : &mine) += 1;
-            for (uint32_t s = c->slots ? c->free_head : NONE; s != NONE && listed <= c->slots; s = c->next[s])
-                listed++;
-            if (mine != c->used || gone != c->retired || listed != unused)
+            uint32_t mine = 0, gone = 0;
+            bool right = true;
+            for (uint32_t s = 0; s < c->slots; s++) {
+                mine += c->owner[s] < RETIRED, gone += c->owner[s] == RETIRED;
+                right &= set_has(&c->free, s) == (c->owner[s] == NONE) && (!set_has(&c->free, s) || s / 64 >= c->free.first);
+            }
+            if (mine != c->used || gone != c->retired || !right)
                 return "a chunk's slots do not add up";
             used += mine, retired += gone;
         }

@@ -26,8 +26,8 @@ struct block {
     uint32_t tenant, layer, index;   /* the same in every holder */
     uint64_t rows, signatures, home; /* places; rows 0: dropped; signatures 0: sig_bytes is 0 */
     uint64_t row_bytes, sig_bytes, checksum;
-    uint32_t next, before; /* free list; blocks whose copies home wait */
-    bool held;             /* it is one of those */
+    uint32_t next, before; /* of those whose copies home wait */
+    bool held;             /* it is one of them */
     uint64_t sealed_ns;
 };
 
@@ -41,12 +41,18 @@ struct device {
     uint64_t pace_ns, at_ns;  /* what was sealed would take so long at hold_rate; less what has passed, up to then */
 };
 
+/* Numbers, of which the lowest is taken first: what is given out together lies together, however it came back. */
+struct set {
+    uint64_t *word;
+    uint32_t first; /* no word before it has a number */
+};
+
 struct chunk {
     uint32_t tenant;      /* NONE: unassigned */
     uint32_t last_tenant; /* whose data it held */
     uint64_t slot_bytes;
-    uint32_t slots, used, retired, free_head;
-    uint32_t *next;  /* [slots] free list */
+    uint32_t slots, used, retired;
+    struct set free; /* slots */
     uint32_t *owner; /* [slots] block, NONE free, NONE - 1 retired */
     uint16_t *gen;   /* [slots] */
     uint64_t mapped; /* workers, one bit each */
@@ -102,7 +108,8 @@ struct core {
     uint32_t chunk_count[PKV_TIERS], chunk_hint[PKV_TIERS][HINTS];
     struct device *devices; /* [config.pool_devices] */
     struct block *blocks;
-    uint32_t block_count, block_room, block_free, clock_hand;
+    uint32_t block_count, block_room, clock_hand;
+    struct set block_free;
     uint32_t by_state[BLOCK_STATES], dying;
     uint32_t home_in_pool; /* blocks at home that have rows in the pool: only they can leave it */
     struct seq seqs[PKV_SEQS_MAX];
@@ -203,6 +210,27 @@ static inline uint32_t *seq_block(const struct seq *s, uint32_t layer, uint32_t 
 static inline struct pkv_block_ref *seq_entry(const struct seq *s, uint32_t layer, uint32_t index)
 {
     return &pkv_table_layer(s->table, layer, s->blocks_max)[index];
+}
+
+static inline void set_put(struct set *s, uint32_t n)
+{
+    s->word[n / 64] |= 1ull << n % 64;
+    s->first = PKV_MIN(s->first, n / 64);
+}
+
+/* There is one. */
+static inline uint32_t set_take(struct set *s)
+{
+    while (!s->word[s->first])
+        s->first++;
+    uint32_t bit = (uint32_t)__builtin_ctzll(s->word[s->first]);
+    s->word[s->first] &= s->word[s->first] - 1;
+    return s->first * 64 + bit;
+}
+
+static inline bool set_has(const struct set *s, uint32_t n)
+{
+    return s->word[n / 64] >> n % 64 & 1;
 }
 
 /* Of a place in the pool. */

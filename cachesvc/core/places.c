@@ -17,8 +17,8 @@ void places_init(struct core *core)
 static void chunk_release(struct chunk *c)
 {
     assert(!c->used && !c->retired);
-    free(c->next), free(c->owner), free(c->gen);
-    c->next = c->owner = NULL, c->gen = NULL;
+    free(c->free.word), free(c->owner), free(c->gen);
+    c->free.word = NULL, c->owner = NULL, c->gen = NULL;
     c->last_tenant = c->tenant;
     c->tenant = NONE;
     c->slots = 0;
@@ -29,7 +29,7 @@ void places_destroy(struct core *core)
     for (uint32_t tier = PKV_TIER_POOL; tier < PKV_TIERS; tier++) {
         for (uint32_t c = 0; c < core->chunk_count[tier]; c++) {
             struct chunk *chunk = &core->chunks[tier][c];
-            free(chunk->next), free(chunk->owner), free(chunk->gen);
+            free(chunk->free.word), free(chunk->owner), free(chunk->gen);
         }
         free(core->chunks[tier]);
     }
@@ -46,17 +46,17 @@ static bool chunk_assign(struct core *core, uint32_t tier, uint32_t index, uint3
     if (foreign && c->mapped)
         return false;
     uint32_t slots = (uint32_t)(core->config.chunk_bytes / slot_bytes);
-    c->next = malloc(slots * sizeof(*c->next));
+    c->free = (struct set){.word = calloc(PKV_DIV_UP(slots, 64u), sizeof(*c->free.word))};
     c->owner = malloc(slots * sizeof(*c->owner));
     c->gen = calloc(slots, sizeof(*c->gen));
-    if (!slots || !c->next || !c->owner || !c->gen) {
-        free(c->next), free(c->owner), free(c->gen);
-        c->next = c->owner = NULL, c->gen = NULL;
+    if (!slots || !c->free.word || !c->owner || !c->gen) {
+        free(c->free.word), free(c->owner), free(c->gen);
+        c->free.word = NULL, c->owner = NULL, c->gen = NULL;
         return false;
     }
     for (uint32_t s = 0; s < slots; s++)
-        c->next[s] = s + 1 < slots ? s + 1 : NONE, c->owner[s] = NONE;
-    c->free_head = 0, c->slots = slots, c->slot_bytes = slot_bytes, c->tenant = tenant;
+        set_put(&c->free, s), c->owner[s] = NONE;
+    c->slots = slots, c->slot_bytes = slot_bytes, c->tenant = tenant;
     if (foreign)
         core_emit(core, &(struct core_action){.kind = CORE_CHUNK_RESET, .tier = tier, .chunk = index});
     return true;
@@ -65,9 +65,8 @@ static bool chunk_assign(struct core *core, uint32_t tier, uint32_t index, uint3
 static uint64_t slot_take(struct core *core, uint32_t tier, uint32_t index, uint32_t block)
 {
     struct chunk *c = &core->chunks[tier][index];
-    uint32_t slot = c->free_head;
+    uint32_t slot = set_take(&c->free);
     assert(slot < c->slots && c->owner[slot] == NONE);
-    c->free_head = c->next[slot];
     c->owner[slot] = block;
     c->used++;
     uint64_t place = pkv_place(tier, index, slot, ++c->gen[slot]);
@@ -94,7 +93,7 @@ uint64_t place_take(struct core *core, const struct place_kind *k, uint32_t bloc
     uint32_t *hint = &core->chunk_hint[k->tier][HINTS - 1 - (uint32_t)__builtin_clz((uint32_t)k->slot_bytes)];
     /* From the chunk that had room last: chunks before it are mostly full. */
     for (uint32_t n = 0, i = *hint < count ? *hint : 0; n < count; n++, i = i + 1 < count ? i + 1 : 0) {
-        if (chunks[i].free_head == NONE || !place_chunk_fits(core, k, i))
+        if (chunks[i].used + chunks[i].retired == chunks[i].slots || !place_chunk_fits(core, k, i))
             continue;
         *hint = i;
         return slot_take(core, k->tier, i, block);
@@ -130,8 +129,7 @@ static void slot_free(struct core *core, uint64_t place)
     struct chunk *c = &core->chunks[pkv_place_tier(place)][pkv_place_chunk(place)];
     uint32_t slot = pkv_place_slot(place);
     c->owner[slot] = NONE;
-    c->next[slot] = c->free_head;
-    c->free_head = slot, core->news++;
+    set_put(&c->free, slot), core->news++;
     if (pkv_place_tier(place) == PKV_TIER_POOL)
         device_of(core, place)->taken -= c->slot_bytes;
     if (!c->used && !c->retired)

@@ -108,6 +108,28 @@ static void test_life_of_a_block(void **state)
     assert_null(core_check(core));
 }
 
+/* Places that came back in pieces are given out in order: copies and caches like what lies together. */
+static void test_what_came_back_lies_together(void **state)
+{
+    (void)state;
+    start(8, 8);
+    struct pkv_table *t[2], *whole;
+    uint64_t h[2] = {create(20, 0, &t[0]), create(20, 0, &t[1])};
+    for (uint32_t b = 1; b <= 8; b++)
+        for (uint32_t s = 0; s < 2; s++)
+            assert_int_equal(grant(h[s], 0, b), PKV_ERR_OK);
+    for (uint32_t s = 0; s < 2; s++)
+        assert_int_equal(core_seq_destroy(core, alice, h[s]), PKV_ERR_OK);
+    core_quiesce(core, 0, core_epoch(core));
+    assert_int_equal(grant(create(20, 0, &whole), 0, 16), PKV_ERR_OK);
+    for (uint32_t b = 0; b < 16; b++) {
+        const struct pkv_block_ref *ref = &pkv_table_layer(whole, 0, 20)[b];
+        assert_int_equal(pkv_place_slot(ref->rows), b % 4); /* four of a chunk */
+        assert_int_equal(pkv_place_slot(ref->signatures), b);
+    }
+    assert_null(core_check(core));
+}
+
 static void test_full_pool_is_bounded(void **state)
 {
     (void)state;
@@ -451,6 +473,7 @@ int main(void)
         cmocka_unit_test_teardown(test_fork_that_fails_leaves_nothing, stop),
         cmocka_unit_test_teardown(test_truncate, stop),
         cmocka_unit_test_teardown(test_states, stop),
+        cmocka_unit_test_teardown(test_what_came_back_lies_together, stop),
         cmocka_unit_test_teardown(test_full_pool_is_bounded, stop),
         cmocka_unit_test_teardown(test_full_arena, stop),
         cmocka_unit_test_teardown(test_refusals, stop),
