@@ -11,14 +11,26 @@
 #define RING_BYTES 4096u /* of a warp, at most */
 #define RING_ROWS  4u    /* at most */
 
+/* Dimensions up to the last one that has bits. */
+static __device__ __forceinline__ uint32_t dims_used(const struct cuda_scheme &s, uint64_t at, uint32_t lane)
+{
+    uint32_t used = 0;
+    for (uint32_t i = lane; i < PKV_ALIGN_UP(s.dims, WARP); i += WARP) {
+        uint32_t some = __ballot_sync(ALL_LANES, i < s.dims && s.bits[at * s.dims + i]);
+        used = some ? i - lane + 32 - __clz(some) : used;
+    }
+    return used;
+}
+
 static __device__ void sign_mapped(const struct cuda_append &a, uint64_t at, const float *key, float *values, uint32_t *words,
                                    uint32_t lane)
 {
     const struct pkv_geom &g = a.geom;
     const struct cuda_scheme &s = a.scheme;
     bool code = s.kind == PKV_SCHEME_CODE;
-    uint32_t out = code ? s.dims : g.sig_bits;
-    apply_map(s.k[0].weight, s.k[0].bias, at, out, key, g.head_dim, values, lane);
+    uint32_t rows = code ? s.dims : g.sig_bits, out = code ? dims_used(s, at, lane) : rows;
+    const float *bias = s.k[0].bias ? s.k[0].bias + at * rows : NULL;
+    apply_map(s.k[0].weight + at * rows * g.head_dim, bias, 0, out, key, g.head_dim, values, lane);
     if (!code) {
         for (uint32_t w = 0; w < pkv_geom_words(&g); w++) {
             uint32_t word = __ballot_sync(ALL_LANES, values[w * 32 + lane] > 0);
@@ -379,13 +391,18 @@ template <typename T> static bool preload(void)
 
 extern "C" int cuda_append_preload(void)
 {
-    return preload<float>() && preload<__half>() && preload<__nv_bfloat16>() ? 0 : -(int)PKV_ERR_UNSUPPORTED;
+    return preload<float>() && preload<__half>() && preload<__nv_bfloat16>() && append_matrix_preload()
+               ? 0
+               : -(int)PKV_ERR_UNSUPPORTED;
 }
 
 extern "C" int cuda_append_launch(const struct cuda_append *a, void *stream)
 {
     if (!a->tokens || !a->count || (a->scheme.kind == PKV_SCHEME_NONE && !a->k))
         return -(int)PKV_ERR_SHAPE;
+    int r;
+    if (append_by_matrix(a, stream, &r))
+        return r;
     return a->geom.dtype == PKV_F32   ? start<float>(a, stream)
            : a->geom.dtype == PKV_F16 ? start<__half>(a, stream)
                                       : start<__nv_bfloat16>(a, stream);

@@ -38,4 +38,8 @@ static __device__ __forceinline__ void row_source(const struct cuda_append &a, c
     *ret_v = *ret_k + PER * WARP * sizeof(T) / 16;
 }
 
+/* append_matrix.cu: many tokens, signed by a matrix. False where it does not fit, and append.cu's kernels do it. */
+bool append_by_matrix(const struct cuda_append *a, void *stream, int *ret);
+bool append_matrix_preload(void);
+
 #endif

@@ -5,6 +5,7 @@
 #include "gpu/cuda/fill.h"
 #include "tests/kernels/device.h"
 #include "tests/kernels/peak.h"
+#include "tests/kernels/schemes.h"
 
 #include <string.h>
 
@@ -318,6 +319,20 @@ static void bench_dense(struct bench *b)
     report(b, "dense", timed(b, run_all), (double)b->batch * b->tokens * 8 * 512);
 }
 
+/* Keys signed by a matrix: as many dimensions as bits, of one bit each. */
+static void bench_append_code(struct bench *b, double moved)
+{
+    struct world w = {.g = b->geom};
+    struct cuda_scheme sign = b->scheme;
+    struct gpu_scheme *scheme = scheme_of_kind(&w, PKV_SCHEME_CODE);
+    void *memory;
+    MUST(cuda_scheme_upload(scheme, &b->scheme, &memory) == 0);
+    report(b, "append, code", timed(b, run_append), moved);
+    b->scheme = sign;
+    cuda_scheme_free(memory);
+    gpu_scheme_close(scheme);
+}
+
 /* Plain Hamming distances: rule `sum`, weights of +-1, a share of the bits for each head as a learned hash has it, given by the
  * caller. The last that is measured: work's weights are not the queries' any more. */
 static void bench_hamming(struct bench *b, double signatures, double chosen)
@@ -360,8 +375,10 @@ static void bench_shape(uint32_t tokens, uint32_t batch, uint32_t bits)
     double moved = (double)PKV_MIN(tokens, CHUNK) * 8 * (1024 + bits / 8);
     report(&b, batch > 1 ? "append 1 token each" : "append", timed(&b, run_append),
            batch > 1 ? (double)batch * 8 * 1024 : moved);
-    if (batch == 1)
+    if (batch == 1) {
         report(&b, "append 4096", timed(&b, run_append_4096), 4096.0 * 8 * (1024 + bits / 8));
+        bench_append_code(&b, moved);
+    }
     bench_hamming(&b, signatures, chosen);
     if (tokens <= 32768)
         bench_dense(&b);
