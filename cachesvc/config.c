@@ -46,6 +46,8 @@ static const struct row rows[] = {
      "on a GPU: copies home give way to a fast prefill for at most this long; 0: to none"},
     {"home-hold-rate", "8G", KIND_BYTES, AT(home_hold_rate), 0, 1, 1ull << 44, NULL,
      "bytes a second of full blocks above which a prefill is fast"},
+    {"scrub-bytes-s", "64M", KIND_BYTES, AT(scrub_bytes_s), 0, 0, 1ull << 40, NULL,
+     "bytes of the arena a second whose checksums are looked at again; 0: none"},
     {"audit-ppm", "5000", KIND_NUMBER, AT(audit_ppm), 0, 0, 1000000, NULL,
      "share of attend's time, in millionths, that sampled exact attention may take; 0: none"},
     {"audit-alarm-ppm", "250000", KIND_NUMBER, AT(audit_alarm_ppm), 0, 0, 10000000, NULL,

@@ -19,6 +19,7 @@ struct config {
     uint64_t pool_bytes, arena_bytes, chunk_bytes; /* chunk_bytes 0: chosen from the others */
     uint64_t threads, spin_us, grant_timeout_ms;
     uint64_t home_hold_ms, home_hold_rate; /* bytes a second */
+    uint64_t scrub_bytes_s;
     uint64_t audit_ppm, audit_alarm_ppm, recalibrate_s;
     uint64_t populate; /* 1: take all memory at the start */
     uint64_t io;       /* enum config_io */

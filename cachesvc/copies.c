@@ -4,6 +4,7 @@
 #include "cachesvc/copies.h"
 
 #include "cachesvc/loss.h"
+#include "cachesvc/scrub.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -17,9 +18,9 @@ struct copy_job {
     struct courier_job carry;
     struct daemon *daemon;
     uint32_t copy;
-    bool checksummed;
     uint64_t to, from, bytes, checksum, begin_ns, ns;
-    int err; /* 0 or -enum pkv_err */
+    uint64_t home; /* to or from: what of them is in the arena; 0: neither */
+    int err;       /* 0 or -enum pkv_err */
 };
 
 static void host_run(struct mover_job *job)
@@ -32,9 +33,15 @@ static void host_run(struct mover_job *job)
 static void device_run(struct mover_job *job)
 {
     struct copy_job *c = PKV_CONTAINER_OF(job, struct copy_job, job);
-    if (!c->err && c->checksummed)
-        c->checksum = offload_checksum((const void *)(uintptr_t)c->to, c->bytes);
+    if (!c->err && c->home)
+        c->checksum = offload_checksum((const void *)(uintptr_t)c->home, c->bytes);
     c->ns = daemon_now_ns() - c->begin_ns;
+}
+
+static void check_run(struct mover_job *job)
+{
+    struct copy_job *c = PKV_CONTAINER_OF(job, struct copy_job, job);
+    c->checksum = offload_checksum((const void *)(uintptr_t)c->home, c->bytes);
 }
 
 static void carried(void *context, struct courier_job *const *jobs, uint32_t count)
@@ -59,6 +66,15 @@ static void done(struct mover_job *job)
     if (c->err == -PKV_ERR_GPU_LOST)
         loss_report(d, "a copy between pool and arena failed");
     core_copied(d->core, c->copy, !c->err, c->checksum);
+    scrub_tell(d);
+    free(c);
+}
+
+static void checked(struct mover_job *job)
+{
+    struct copy_job *c = PKV_CONTAINER_OF(job, struct copy_job, job);
+    core_copied(c->daemon->core, c->copy, true, c->checksum);
+    scrub_looked(c->daemon);
     free(c);
 }
 
@@ -74,18 +90,25 @@ static struct courier *courier_of(struct daemon *d, uint64_t place)
 void copies_act(struct daemon *d, const struct core_action *a, uint64_t now_ns)
 {
     struct copy_job *c = malloc(sizeof(*c));
+    bool check = a->kind == CORE_CHECK;
     if (!c) {
         core_copied(d->core, a->copy, false, 0);
+        if (check)
+            scrub_looked(d);
         return;
     }
-    *c = (struct copy_job){.job = {.run = host_run, .done = done},
+    *c = (struct copy_job){.job = {.run = check ? check_run : host_run, .done = check ? checked : done},
                            .daemon = d,
                            .copy = a->copy,
-                           .checksummed = pkv_place_tier(a->to) == PKV_TIER_ARENA,
-                           .to = memory_address(&d->memory, a->to, a->bytes),
+                           .to = check ? 0 : memory_address(&d->memory, a->to, a->bytes),
                            .from = memory_address(&d->memory, a->from, a->bytes),
                            .bytes = a->bytes,
                            .begin_ns = now_ns};
+    c->home = pkv_place_tier(a->from) == PKV_TIER_ARENA ? c->from : pkv_place_tier(a->to) == PKV_TIER_ARENA ? c->to : 0;
+    if (check) {
+        mover_submit(&d->copies, &c->job);
+        return;
+    }
     struct courier *source = courier_of(d, a->from), *target = courier_of(d, a->to);
     if (!source && !target) {
         mover_submit(&d->copies, &c->job);

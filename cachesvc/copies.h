@@ -1,4 +1,4 @@
-/* The copies that the core asks for: blocks home, tails of forks. Owner: the loop's thread. */
+/* The copies that the core asks for: blocks home, tails of forks; and checksums of what is home. Owner: the loop's thread. */
 #ifndef CACHESVC_COPIES_H
 #define CACHESVC_COPIES_H
 

@@ -13,6 +13,7 @@
 #include "cachesvc/memory.h"
 #include "cachesvc/mover.h"
 #include "cachesvc/quality.h"
+#include "cachesvc/scrub.h"
 #include "cachesvc/states.h"
 #include "cachesvc/tables.h"
 #include "proto/region.h"
@@ -53,6 +54,7 @@ struct daemon {
     char mapper[PKV_NAME_BYTES]; /* the tenant that maps the pool, where only one may; empty: none has yet */
     struct states states[PKV_MODELS_MAX];
     struct quality quality[PKV_MODELS_MAX];
+    struct scrub scrub;
     uint64_t audited_ns; /* when workers' samples were last looked at */
     struct daemon_counters counters;
     struct pkv_worker_counters departed; /* of workers that are gone */

@@ -8,6 +8,8 @@
 
 static enum pkv_err span_check(const struct core_view *v, const struct served_span *s)
 {
+    if (v->damaged)
+        return PKV_ERR_CHECKSUM;
     uint64_t readable = (uint64_t)(v->writer ? v->granted : v->sealed) * PKV_BLOCK_TOKENS;
     if (s->write && !v->writer)
         return PKV_ERR_NOT_WRITER;

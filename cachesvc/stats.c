@@ -157,6 +157,11 @@ static json_t *workers_json(struct daemon *d, struct pkv_worker_counters *total)
 /* The core counts what it decides; the loop counts the rest. */
 static void counters_refresh(struct daemon *d, const struct core_stats *s)
 {
+    const struct core_health *h = core_health(d->core);
+    d->counters.blocks_checked = h->blocks_checked;
+    d->counters.checksum_failures = h->checksum_failures;
+    d->counters.blocks_mended = h->blocks_mended;
+    d->counters.blocks_damaged = h->blocks_damaged;
     d->counters.blocks_granted = s->blocks_granted;
     d->counters.blocks_sealed = s->blocks_sealed;
     d->counters.blocks_home = s->blocks_home;
@@ -221,6 +226,7 @@ static json_t *seq_json(const struct core_seq_info *s)
                         json_pack("{s:o, s:o, s:o, s:o, s:o}", "granted", number(s->blocks.granted), "sealed",
                                   number(s->blocks.sealed), "home_pool", number(s->blocks.home_pool), "home_arena",
                                   number(s->blocks.home_arena), "shared", number(s->blocks.shared)));
+    json_object_set_new(o, "damaged", number(s->damaged));
     json_object_set_new(o, "state", number(s->state));
     json_object_set_new(o, "pool_bytes", number(s->pool_bytes));
     json_object_set_new(o, "arena_bytes", number(s->arena_bytes));

@@ -35,7 +35,7 @@ void daemon_act(struct daemon *d)
     struct core_action a;
     uint64_t now = 0;
     while (core_next_action(d->core, &a)) {
-        if (a.kind == CORE_COPY) {
+        if (a.kind == CORE_COPY || a.kind == CORE_CHECK) {
             now = now ? now : daemon_now_ns();
             copies_act(d, &a, now);
         } else if (a.kind == CORE_CHUNK_RESET) {
@@ -201,6 +201,7 @@ int daemon_run(struct daemon *d)
         if (loss_turn(d, now))
             return -ENOTRECOVERABLE;
         audit_turn(d, now);
+        scrub_turn(d, now);
         if (turn(d))
             busy = now;
         /* While movers compute, spinning would take their processor; they wake the loop. */

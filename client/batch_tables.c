@@ -50,6 +50,8 @@ static int seq_update(struct pkv_batch *b, uint32_t index, void *stream)
     uint64_t changes = pkv_load64(&s->seq->table->changes);
     if (pkv_load64(&s->seq->table->seq) != s->seq->handle)
         return -PKV_ERR_STALE;
+    if (pkv_load32(&s->seq->table->err))
+        return -PKV_ERR_CHECKSUM;
     if (s->cuts != s->seq->cuts) { /* rows that were kept of the tokens cut off are of other tokens now */
         int r = gpu_batch_forget(b->gpu, index, stream);
         if (r)

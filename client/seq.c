@@ -27,6 +27,8 @@ int seq_refs(const struct pkv_seq *seq, uint32_t layer, uint32_t first, uint32_t
     struct pkv_table *table = (struct pkv_table *)(uintptr_t)seq->table;
     if (pkv_load64(&table->seq) != seq->handle || last > table->blocks_max)
         return -PKV_ERR_STALE;
+    if (pkv_load32(&table->err))
+        return -PKV_ERR_CHECKSUM;
     const struct pkv_block_ref *from = pkv_table_layer(table, layer, table->blocks_max);
     for (uint32_t b = first; b < last; b++) {
         to[b].rows = __atomic_load_n(&from[b].rows, __ATOMIC_RELAXED);
@@ -118,7 +120,7 @@ int seq_cut(struct pkv_seq *seq, uint32_t layer, uint64_t tokens)
     int r = ring_call(seq->model->kv, &s, NULL);
     uint32_t first = layer == PKV_LAYER_ALL ? 0 : layer, last = layer == PKV_LAYER_ALL ? seq->model->geom.layers : layer + 1;
     /* Without room for the tail's copy, whole blocks have gone and the tail is as it was. */
-    bool tail = r == -PKV_ERR_POOL_FULL || r == -PKV_ERR_ARENA_FULL || r == -PKV_ERR_SYSTEM;
+    bool tail = r == -PKV_ERR_POOL_FULL || r == -PKV_ERR_ARENA_FULL || r == -PKV_ERR_SYSTEM || r == -PKV_ERR_CHECKSUM;
     uint64_t left = tail ? PKV_ALIGN_UP(tokens, PKV_BLOCK_TOKENS) : tokens;
     for (uint32_t l = first; l < last && (!r || tail); l++)
         set_layer(seq, l, PKV_MIN(left, seq->tokens[l]));

@@ -50,7 +50,7 @@
     X(SOCKET_OWNER, EPERM, "the socket belongs to another user: use your own daemon's socket")                               \
     X(IN_USE, EADDRINUSE, "another daemon serves this socket: stop it, or choose another path")                              \
     X(TENANT, EPERM, "the object belongs to another tenant")                                                                 \
-    X(CHECKSUM, EBADMSG, "a block failed its checksum: its memory is damaged; nothing of it was served")                     \
+    X(CHECKSUM, EBADMSG, "a block of it failed its checksum: CPU memory is damaged; truncate before it, or prefill again")   \
     X(FILE_FORMAT, EBADMSG, "the weights file is damaged or not safetensors: make it again")                                 \
     X(FILE_FIT, EMEDIUMTYPE, "the weights file lacks a tensor of this scheme, or has one of another shape for this model")   \
     X(FILE_SCHEME, EMEDIUMTYPE, "the weights file is for another signature scheme: open the model with that one")            \

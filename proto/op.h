@@ -67,31 +67,34 @@ enum pkv_op {
 #define PKV_SAMPLE_BOUNDS(X) X(1) X(2) X(5) X(10) X(20) X(50)
 
 /* X(name, unit, help): counters of the daemon. */
-#define PKV_DAEMON_COUNTERS(X)                                                   \
-    X(loop_turns, turns, "turns of the event loop")                              \
-    X(ops, operations, "operations completed")                                   \
-    X(ops_refused, operations, "operations refused by the checks")               \
-    X(workers_joined, workers, "workers that said hello")                        \
-    X(workers_refused, workers, "hellos refused")                                \
-    X(workers_died, workers, "workers that left without saying goodbye")         \
-    X(blocks_granted, blocks, "blocks granted")                                  \
-    X(blocks_sealed, blocks, "blocks sealed")                                    \
-    X(blocks_home, blocks, "blocks copied to the arena")                         \
-    X(blocks_dropped, blocks, "pool copies dropped under pressure")              \
-    X(blocks_freed, blocks, "blocks freed")                                      \
-    X(blocks_cow, blocks, "blocks copied on write by fork and truncate")         \
-    X(copy_bytes, bytes, "bytes moved from pool to arena")                       \
-    X(copy_ns, ns, "time in those copies")                                       \
-    X(copies_held, copies, "copies home that gave way to a prefill for a while") \
-    X(copies_failed, copies, "copies that failed; each is tried once more")      \
-    X(checksum_failures, blocks, "blocks whose checksum did not match")          \
-    X(grants_delayed, grants, "grants that waited for room")                     \
-    X(grants_refused, grants, "grants refused: pool or arena full")              \
-    X(served_selects, queries, "query tokens selected for served workers")       \
-    X(served_rows, rows, "rows gathered for served workers")                     \
-    X(quality_alarms, alarms, "models whose mean error rose above the limit")    \
-    X(states_put, states, "signature states that workers shared")                \
-    X(recalibrations, states, "of them, those that took the place of another")   \
+#define PKV_DAEMON_COUNTERS(X)                                                                    \
+    X(loop_turns, turns, "turns of the event loop")                                               \
+    X(ops, operations, "operations completed")                                                    \
+    X(ops_refused, operations, "operations refused by the checks")                                \
+    X(workers_joined, workers, "workers that said hello")                                         \
+    X(workers_refused, workers, "hellos refused")                                                 \
+    X(workers_died, workers, "workers that left without saying goodbye")                          \
+    X(blocks_granted, blocks, "blocks granted")                                                   \
+    X(blocks_sealed, blocks, "blocks sealed")                                                     \
+    X(blocks_home, blocks, "blocks copied to the arena")                                          \
+    X(blocks_dropped, blocks, "pool copies dropped under pressure")                               \
+    X(blocks_freed, blocks, "blocks freed")                                                       \
+    X(blocks_cow, blocks, "blocks copied on write by fork and truncate")                          \
+    X(copy_bytes, bytes, "bytes moved from pool to arena")                                        \
+    X(copy_ns, ns, "time in those copies")                                                        \
+    X(copies_held, copies, "copies home that gave way to a prefill for a while")                  \
+    X(copies_failed, copies, "copies that failed; each is tried once more")                       \
+    X(blocks_checked, blocks, "blocks in the arena whose checksum was looked at again")           \
+    X(checksum_failures, blocks, "blocks whose checksum did not match")                           \
+    X(blocks_mended, blocks, "of them, those whose rows were in the pool too: copied home again") \
+    X(blocks_damaged, blocks, "of them, those that are lost")                                     \
+    X(grants_delayed, grants, "grants that waited for room")                                      \
+    X(grants_refused, grants, "grants refused: pool or arena full")                               \
+    X(served_selects, queries, "query tokens selected for served workers")                        \
+    X(served_rows, rows, "rows gathered for served workers")                                      \
+    X(quality_alarms, alarms, "models whose mean error rose above the limit")                     \
+    X(states_put, states, "signature states that workers shared")                                 \
+    X(recalibrations, states, "of them, those that took the place of another")                    \
     X(quality_cleared, alarms, "of them, those that fell below it again")
 
 #endif

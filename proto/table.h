@@ -49,9 +49,11 @@ struct pkv_table {
     /* Grows after an entry that named a place names another or none. A reader that keeps copies of entries looks at it inside
      * its epoch: unchanged, the copies hold. Entries behind the ones it has copied may appear without it. */
     uint64_t changes;
-    uint64_t reserved[3]; /* zero */
+    uint32_t err;         /* enum pkv_err: calls that read rows of it fail so; CHECKSUM as long as it has a damaged block */
+    uint32_t reserved0;   /* zero */
+    uint64_t reserved[2]; /* zero */
 };
-PKV_WIRE_ASSERT(struct pkv_table, 64, 8, 2 * 8 + 4 * 4 + 4 * 8, reserved, 40);
+PKV_WIRE_ASSERT(struct pkv_table, 64, 8, 2 * 8 + 6 * 4 + 3 * 8, reserved, 48);
 
 static inline PKV_HD uint64_t pkv_table_bytes(uint32_t layers, uint32_t blocks_max)
 {

@@ -1,8 +1,8 @@
 /* Blocks: made, held, sealed, copied, freed. */
 #include "cachesvc/core/internal.h"
 
-/* A copy's id names the block that it fills or brings home, and which of three copies it is. */
-enum copy_kind { COPY_HOME, COPY_TAIL_ROWS, COPY_TAIL_SIGNATURES, COPY_KINDS = 4 };
+/* A copy's id names the block that it fills, brings home or looks at, and which of these it is. */
+enum copy_kind { COPY_HOME, COPY_TAIL_ROWS, COPY_TAIL_SIGNATURES, COPY_NONE, COPY_KINDS };
 
 static void set_state(struct core *core, struct block *b, enum block_state state)
 {
@@ -94,16 +94,15 @@ void block_install(struct core *core, uint32_t seq, uint32_t id)
     struct pkv_block_ref *entry = seq_entry(s, b->layer, b->index);
     publish(&entry->signatures, b->signatures);
     publish(&entry->rows, b->rows ? b->rows : b->home);
+    if (b->damaged)
+        seq_damage(s, true);
 }
 
-static uint32_t another_holder(const struct core *core, const struct block *b, uint32_t id)
+static uint32_t another_holder(const struct core *core, uint32_t id)
 {
-    for (uint32_t i = 0; i < core->seq_end; i++) {
-        const struct seq *s = &core->seqs[i];
-        if (s->live && s->tenant == b->tenant && b->layer < s->layers && b->index < s->blocks_max &&
-            *seq_block(s, b->layer, b->index) == id)
+    for (uint32_t i = 0; i < core->seq_end; i++)
+        if (seq_holds(core, i, id))
             return i;
-    }
     return NONE;
 }
 
@@ -118,10 +117,12 @@ void block_leave(struct core *core, uint32_t seq, uint32_t layer, uint32_t index
     publish(&seq_entry(s, layer, index)->rows, 0);
     publish(&seq_entry(s, layer, index)->signatures, 0);
     publish_change(s);
+    if (b->damaged)
+        seq_damage(s, false);
     if (--b->holders == 0)
         block_retire(core, id);
     else if (b->seq == seq)
-        b->seq = another_holder(core, b, id);
+        b->seq = another_holder(core, id);
 }
 
 void block_retire(struct core *core, uint32_t id)
@@ -163,12 +164,63 @@ void block_go_home(struct core *core, uint32_t id)
     emit_copy(core, id, COPY_HOME, b->rows, b->home, b->row_bytes);
 }
 
+void block_look(struct core *core, uint32_t id)
+{
+    struct block *b = &core->blocks[id];
+    assert(b->state == BLOCK_HOME && !b->dying);
+    b->looked_at = true, b->pins++; /* it stays where it is */
+    core_emit(core, &(struct core_action){
+                        .kind = CORE_CHECK, .copy = id * COPY_KINDS + COPY_NONE, .from = b->home, .bytes = b->row_bytes});
+}
+
+/* The rows in the pool are as they should be. */
+static void mend(struct core *core, uint32_t id)
+{
+    struct block *b = &core->blocks[id];
+    core->home_in_pool--, device_of(core, b->rows)->home_bytes -= b->row_bytes;
+    set_state(core, b, BLOCK_SEALED);
+    b->mending = true, b->copies_failed = 0;
+    block_go_home(core, id);
+}
+
+static void failed(struct core *core, uint32_t id)
+{
+    struct block *b = &core->blocks[id];
+    core->health.checksum_failures++;
+    if (b->dying || b->damaged) /* nobody's any more; or known */
+        return;
+    if (b->rows) {
+        mend(core, id);
+        return;
+    }
+    b->damaged = true;
+    core->health.blocks_damaged++;
+    for (uint32_t i = 0; i < core->seq_end; i++)
+        if (seq_holds(core, i, id))
+            seq_damage(&core->seqs[i], true);
+}
+
+static void looked(struct core *core, uint32_t id, bool ok, uint64_t checksum)
+{
+    struct block *b = &core->blocks[id];
+    b->looked_at = false;
+    core->health.blocks_checked += ok;
+    if (ok && checksum != b->checksum)
+        failed(core, id);
+    block_unpin(core, id);
+}
+
 static void copied_home(struct core *core, uint32_t id, bool ok, uint64_t checksum)
 {
     struct block *b = &core->blocks[id];
     assert(b->state == BLOCK_SEALED && b->going_home);
     b->going_home = false;
     device_of(core, b->rows)->flying--;
+    if (ok && b->mending) { /* memory that does not hold what is written there is no home: the block stays in the pool */
+        ok = checksum == b->checksum;
+        core->health.blocks_mended += ok;
+        b->mending = !ok;
+    }
     if (ok) {
         set_state(core, b, BLOCK_HOME);
         core->home_in_pool++, device_of(core, b->rows)->home_bytes += b->row_bytes;
@@ -196,18 +248,29 @@ void block_fill(struct core *core, uint32_t id, uint32_t source)
     struct block *b = &core->blocks[id];
     const struct block *from = &core->blocks[source];
     assert(from->pins);
-    b->source = source, b->fills = b->sig_bytes ? 2 : 1;
+    b->source = source, b->fills = b->sig_bytes ? 2 : 1, b->filled_from_home = !from->rows;
     core->totals.blocks_cow++;
     emit_copy(core, id, COPY_TAIL_ROWS, from->rows ? from->rows : from->home, b->rows, b->row_bytes);
     if (b->sig_bytes)
         emit_copy(core, id, COPY_TAIL_SIGNATURES, from->signatures, b->signatures, b->sig_bytes);
 }
 
-static void copied_tail(struct core *core, uint32_t id, bool ok)
+/* Rows that come back from home are looked at: what is damaged goes nowhere. */
+static enum pkv_err fetched(struct core *core, const struct block *b, uint64_t checksum)
+{
+    struct block *from = &core->blocks[b->source];
+    if (!b->filled_from_home || checksum == from->checksum)
+        return PKV_ERR_OK;
+    failed(core, b->source);
+    return PKV_ERR_CHECKSUM;
+}
+
+static void copied_tail(struct core *core, uint32_t id, bool rows, bool ok, uint64_t checksum)
 {
     struct block *b = &core->blocks[id];
     assert(b->fills);
-    b->filled_badly |= !ok;
+    enum pkv_err e = !ok ? PKV_ERR_SYSTEM : rows ? fetched(core, b, checksum) : PKV_ERR_OK;
+    b->fill_err = b->fill_err ? b->fill_err : (uint32_t)e;
     core->totals.copies_failed += !ok;
     if (--b->fills)
         return;
@@ -216,17 +279,23 @@ static void copied_tail(struct core *core, uint32_t id, bool ok)
     if (b->dying)
         block_retire(core, id);
     else
-        cow_filled(core, b->seq, !b->filled_badly);
+        cow_filled(core, b->seq, (enum pkv_err)b->fill_err);
 }
 
 void core_copied(struct core *core, uint32_t copy, bool ok, uint64_t checksum)
 {
     assert(copy / COPY_KINDS < core->block_count);
     core->news++;
-    if (copy % COPY_KINDS == COPY_HOME)
+    switch (copy % COPY_KINDS) {
+    case COPY_HOME:
         copied_home(core, copy / COPY_KINDS, ok, checksum);
-    else
-        copied_tail(core, copy / COPY_KINDS, ok);
+        break;
+    case COPY_NONE:
+        looked(core, copy / COPY_KINDS, ok, checksum);
+        break;
+    default:
+        copied_tail(core, copy / COPY_KINDS, copy % COPY_KINDS == COPY_TAIL_ROWS, ok, checksum);
+    }
 }
 
 enum pkv_err core_seal(struct core *core, uint64_t now_ns, uint32_t worker, uint64_t handle, uint32_t layer, uint32_t first,

@@ -9,6 +9,9 @@
  * truncate) is copied. Places that are given up are retired with the epoch of that moment and reused only after core_quiesce
  * has passed it: nothing moves under a reader.
  *
+ * What is at home is looked at again (scrub.c): a block that no longer has its checksum goes home once more where its rows are
+ * in the pool too; else it is damaged, and so is each sequence that holds it, until it is cut off or freed.
+ *
  * Failures, and what becomes of them: no room in the pool: copies of blocks that are home are dropped, the operation waits for
  * their places, POOL_FULL after its bound; no room in the arena: ARENA_FULL at once, nothing is lost; a worker dies: its
  * sequences go, persistent ones are cut to what every layer has sealed, its fork or truncate is undone; a copy home fails: it
@@ -45,11 +48,11 @@ struct core *core_create(const struct core_config *config, const struct core_hoo
 void core_destroy(struct core *core);
 
 /* What the shell must do now. Actions come out in order; each is taken once. */
-enum core_action_kind { CORE_COPY, CORE_COMPLETE, CORE_CHUNK_RESET };
+enum core_action_kind { CORE_COPY, CORE_CHECK, CORE_COMPLETE, CORE_CHUNK_RESET };
 struct core_action {
     enum core_action_kind kind;
-    uint32_t copy;     /* COPY: to be named to core_copied, once */
-    uint64_t from, to; /* COPY: places; slots of `bytes` bytes */
+    uint32_t copy;     /* COPY, CHECK: to be named to core_copied, once */
+    uint64_t from, to; /* COPY, CHECK: places; slots of `bytes` bytes. CHECK copies nothing: its checksum is wanted */
     uint64_t bytes;
     uint32_t worker, tag; /* COMPLETE: an operation that was PENDING */
     enum pkv_err err;
@@ -98,8 +101,11 @@ bool core_seq_truncate(struct core *core, uint64_t now_ns, uint32_t worker, uint
  */
 enum pkv_err core_seal(struct core *core, uint64_t now_ns, uint32_t worker, uint64_t handle, uint32_t layer, uint32_t first,
                        uint32_t count);
-/* A copy is finished; `checksum` of what was copied. */
+/* A copy is finished; `checksum` of what lies in the arena now: where it came from, or went to. */
 void core_copied(struct core *core, uint32_t copy, bool ok, uint64_t checksum);
+
+/* The next block at home is to be looked at: a CHECK action of *ret_bytes. False: there is none, or not so soon. */
+bool core_scrub(struct core *core, uint64_t *ret_bytes);
 
 /* One layer of a sequence as its holder may read it; valid until the next call of the core. */
 struct core_view {
@@ -109,6 +115,7 @@ struct core_view {
     uint32_t granted, sealed; /* blocks of the layer */
     uint32_t device;          /* where its pool places are */
     bool writer;              /* the worker may write granted, unsealed blocks */
+    bool damaged;             /* the sequence has a damaged block: nothing of it is to be served */
 };
 enum pkv_err core_seq_view(struct core *core, uint32_t worker, uint64_t handle, uint32_t layer, struct core_view *ret);
 /* All signatures of a sequence that had no state are made with state `state` now; its writer says so. `state` 0: it is about to
@@ -141,6 +148,13 @@ struct core_stats {
 };
 void core_stats(const struct core *core, struct core_stats *ret);
 
+/* Of what is at home, since the start. */
+struct core_health {
+    uint64_t blocks_checked, checksum_failures;
+    uint64_t blocks_mended, blocks_damaged; /* of the failures: whose rows were in the pool too; or not */
+};
+const struct core_health *core_health(const struct core *core);
+
 /* Blocks of a layer, or of all: being written; on their way home; home with and without a copy in the pool; and how many of
  * them another sequence holds too. */
 struct core_layer_info {
@@ -152,8 +166,9 @@ struct core_seq_info {
     const char *tenant, *label;
     const struct pkv_model_request *model;
     bool persistent;
-    uint32_t writer; /* UINT32_MAX: none */
-    uint32_t state;  /* of the model; 0: none yet */
+    uint32_t damaged; /* blocks */
+    uint32_t writer;  /* UINT32_MAX: none */
+    uint32_t state;   /* of the model; 0: none yet */
     struct core_layer_info blocks;
     uint64_t pool_bytes, arena_bytes; /* of its blocks, shared ones included */
 };

@@ -1,8 +1,9 @@
 /* Fork and truncate: copy-on-write of the tail block.
  *
  * Happy path: checked -> tail blocks granted (as room comes) -> each filled by two copies -> all in -> put in place at once ->
- * answered. Failures: no room within the bound, a failed copy, the sequence or its worker gone: blocks that are being filled
- * are freed when their copies end, the others at once; nothing of the sequence has changed by then. */
+ * answered. Failures: no room within the bound, a failed copy, a tail that is damaged at home, the sequence or its worker gone:
+ * blocks that are being filled are freed when their copies end, the others at once; nothing of the sequence has changed by
+ * then. */
 #include "cachesvc/core/internal.h"
 
 static void cow_end(struct seq *s)
@@ -80,16 +81,16 @@ static void cow_finish(struct core *core, uint32_t index)
     core_emit(core, &a);
 }
 
-void cow_filled(struct core *core, uint32_t index, bool ok)
+void cow_filled(struct core *core, uint32_t index, enum pkv_err err)
 {
     struct seq *s = &core->seqs[index];
     assert(s->cow.kind != COW_NONE && s->cow.filling);
-    s->cow.failed |= !ok;
+    s->cow.failed = s->cow.failed ? s->cow.failed : err;
     s->cow.filling--;
     if (s->cow.filling || (s->cow.missing && !s->cow.failed))
         return;
     if (s->cow.failed)
-        cow_abort(core, index, PKV_ERR_SYSTEM);
+        cow_abort(core, index, s->cow.failed);
     else
         cow_finish(core, index);
 }
@@ -157,7 +158,16 @@ static void cow_source(struct core *core, struct seq *s, uint32_t layer, uint32_
     core->blocks[block].pins++; /* from now on, however long its copy waits for room */
 }
 
-static enum pkv_err fork_check(const struct seq *s, const struct pkv_op_fork *op)
+static bool any_damaged(const struct core *core, const struct seq *s, uint32_t blocks)
+{
+    for (uint32_t l = 0; l < s->layers && s->damaged; l++)
+        for (uint32_t i = 0; i < blocks; i++)
+            if (core->blocks[*seq_block(s, l, i)].damaged)
+                return true;
+    return false;
+}
+
+static enum pkv_err fork_check(const struct core *core, const struct seq *s, const struct pkv_op_fork *op)
 {
     if (s->cow.kind != COW_NONE || s->signing)
         return PKV_ERR_BUSY;
@@ -166,7 +176,7 @@ static enum pkv_err fork_check(const struct seq *s, const struct pkv_op_fork *op
     for (uint32_t l = 0; l < s->layers; l++)
         if (op->tokens / PKV_BLOCK_TOKENS > s->sealed[l] || pkv_tokens_blocks(op->tokens) > s->granted[l])
             return PKV_ERR_LENGTH;
-    return PKV_ERR_OK;
+    return any_damaged(core, s, pkv_tokens_blocks(op->tokens)) ? PKV_ERR_CHECKSUM : PKV_ERR_OK;
 }
 
 bool core_seq_fork(struct core *core, uint64_t now_ns, uint32_t worker, uint32_t tag, uint64_t handle,
@@ -176,7 +186,7 @@ bool core_seq_fork(struct core *core, uint64_t now_ns, uint32_t worker, uint32_t
     if (!parent)
         return true;
     uint32_t index, whole = (uint32_t)(op->tokens / PKV_BLOCK_TOKENS), max = op->max_tokens;
-    *ret_err = fork_check(parent, op);
+    *ret_err = fork_check(core, parent, op);
     if (*ret_err == PKV_ERR_OK)
         *ret_err = seq_make(core, worker, parent->model, max ? max : (uint32_t)parent->max_tokens,
                             op->flags & PKV_SEQ_PERSISTENT, parent->label, &index);
@@ -232,6 +242,13 @@ bool core_seq_truncate(struct core *core, uint64_t now_ns, uint32_t worker, uint
         uint32_t id = *seq_block(s, l, tail);
         if (core->blocks[id].state != BLOCK_GRANTED)
             cow_source(core, s, l, id);
+    }
+    bool damaged = false;
+    for (uint32_t l = first; l < last; l++)
+        damaged |= s->cow.source[l] != NONE && core->blocks[s->cow.source[l]].damaged;
+    if (damaged) { /* cut off, or left for good */
+        cow_abort(core, index, PKV_ERR_CHECKSUM);
+        return false;
     }
     if (s->cow.missing)
         return cow_start(core, now_ns, index, ret_err);

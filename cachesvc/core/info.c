@@ -21,6 +21,11 @@ void core_stats(const struct core *core, struct core_stats *ret)
         ret->workers += core->workers[w].live;
 }
 
+const struct core_health *core_health(const struct core *core)
+{
+    return &core->health;
+}
+
 bool core_layer_info(const struct core *core, uint32_t index, uint32_t layer, struct core_layer_info *ret)
 {
     const struct seq *s = &core->seqs[index];
@@ -51,6 +56,7 @@ bool core_seq_info(const struct core *core, uint32_t index, struct core_seq_info
                                   .label = s->label,
                                   .model = &core->models[s->model],
                                   .persistent = s->persistent,
+                                  .damaged = s->damaged,
                                   .writer = s->writer,
                                   .state = s->state};
     struct core_layer_info n;
@@ -91,6 +97,8 @@ static const char *check_block(const struct core *core, uint32_t id, uint32_t se
     if (b->rows ? !owns(core, b->rows, PKV_TIER_POOL, id) : b->state != BLOCK_HOME)
         return "a block does not own its rows, or lost them before it was home";
     *owned += 1u + (b->rows != 0) + signs;
+    if (b->damaged && (b->state != BLOCK_HOME || b->rows))
+        return "a block is damaged that could be mended";
     if (b->holders != seen)
         return "a block's holders are not counted right";
     if (!b->holders && !b->dying && !b->fills) {
@@ -111,6 +119,7 @@ static const char *check_block(const struct core *core, uint32_t id, uint32_t se
 static const char *check_seq(const struct core *core, uint32_t index, uint32_t *seen)
 {
     const struct seq *s = &core->seqs[index];
+    uint32_t damaged = 0;
     for (uint32_t l = 0; l < s->layers; l++) {
         if (s->sealed[l] > s->granted[l])
             return "more blocks sealed than granted";
@@ -126,6 +135,7 @@ static const char *check_seq(const struct core *core, uint32_t index, uint32_t *
             }
             const struct block *b = &core->blocks[id];
             seen[id]++;
+            damaged += b->damaged;
             if (b->layer != l || b->index != i || b->tenant != s->tenant)
                 return "a block lies elsewhere than its holder thinks";
             if ((b->state == BLOCK_GRANTED) != (i >= s->sealed[l]))
@@ -137,6 +147,8 @@ static const char *check_seq(const struct core *core, uint32_t index, uint32_t *
                 return "the block table names another place";
         }
     }
+    if (damaged != s->damaged || s->table->err != (damaged ? PKV_ERR_CHECKSUM : PKV_ERR_OK))
+        return "a sequence's damaged blocks are not told right";
     return NULL;
 }
 

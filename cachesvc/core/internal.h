@@ -21,7 +21,11 @@ struct block {
     uint32_t holders;                /* sequences that refer to it; 1 while it is filled */
     uint32_t pins;                   /* forks and truncates that copy it, or wait to */
     uint32_t source, fills;          /* a tail being copied: from which block; copies in flight into this one */
-    bool filled_badly;               /* one of them failed */
+    bool filled_from_home;           /* and so has the source's checksum */
+    uint32_t fill_err;               /* enum pkv_err: one of them failed */
+    bool looked_at;                  /* its checksum is on its way */
+    bool damaged;                    /* it is at home alone, and has another checksum */
+    bool mending;                    /* it was at home damaged, and goes there once more */
     uint32_t seq;                    /* a holder; the only one unless shared; whose tail this becomes */
     uint32_t tenant, layer, index;   /* the same in every holder */
     uint64_t rows, signatures, home; /* places; rows 0: dropped; signatures 0: sig_bytes is 0 */
@@ -71,13 +75,14 @@ struct cow {
     uint64_t tokens;
     uint32_t *source, *target; /* [layers] blocks, NONE: this layer needs no copy, or not granted yet */
     uint32_t missing, filling; /* targets not granted yet; targets with copies in flight */
-    bool failed;
+    enum pkv_err failed;       /* a copy has */
 };
 
 struct seq {
     bool live, persistent;
     uint32_t gen, tenant, model, writer, layers, blocks_max, device;
     uint32_t state;                                  /* of the model, that its signatures are made with; as in its table */
+    uint32_t damaged;                                /* blocks of it that are */
     bool signing;                                    /* anew: state is 0 meanwhile, and nobody may come to share its blocks */
     uint64_t open, table_offset, tokens, max_tokens; /* open: workers, one bit each */
     struct pkv_table *table;
@@ -108,7 +113,7 @@ struct core {
     uint32_t chunk_count[PKV_TIERS], chunk_hint[PKV_TIERS][HINTS];
     struct device *devices; /* [config.pool_devices] */
     struct block *blocks;
-    uint32_t block_count, block_room, clock_hand;
+    uint32_t block_count, block_room, clock_hand, scrub_hand;
     struct set block_free;
     uint32_t by_state[BLOCK_STATES], dying;
     uint32_t home_in_pool; /* blocks at home that have rows in the pool: only they can leave it */
@@ -129,6 +134,7 @@ struct core {
     struct core_action *actions;
     uint64_t action_head, action_count, action_room;
     struct core_stats totals; /* the counters since the start */
+    struct core_health health;
 };
 
 void core_emit(struct core *core, const struct core_action *action);
@@ -162,6 +168,12 @@ void block_unpin(struct core *core, uint32_t block);
 void block_fill(struct core *core, uint32_t block, uint32_t source);
 /* Starts the copy home of a sealed block. */
 void block_go_home(struct core *core, uint32_t block);
+/* Wants its checksum, as it is at home. */
+void block_look(struct core *core, uint32_t block);
+
+/* scrub.c */
+/* A damaged block joins or leaves a sequence. */
+void seq_damage(struct seq *seq, bool joins);
 
 /* homing.c: policy answers when, blocks.c copies. */
 /* A block has been sealed: its copy starts now or waits. */
@@ -196,7 +208,7 @@ void waiting_drop(struct core *core, uint64_t handle, uint32_t worker, enum pkv_
 /* Grants what is missing: OK once all copies have been started. */
 enum pkv_err cow_try(struct core *core, uint32_t seq);
 /* A copy into a block of the operation is done; it may have been the last. */
-void cow_filled(struct core *core, uint32_t seq, bool ok);
+void cow_filled(struct core *core, uint32_t seq, enum pkv_err err);
 /* Undoes the operation and answers it; a fork's child is gone afterwards. */
 void cow_abort(struct core *core, uint32_t seq, enum pkv_err answer);
 /* The same without an answer or the end of the child: the sequence is being freed. */
@@ -231,6 +243,14 @@ static inline uint32_t set_take(struct set *s)
 static inline bool set_has(const struct set *s, uint32_t n)
 {
     return s->word[n / 64] >> n % 64 & 1;
+}
+
+static inline bool seq_holds(const struct core *core, uint32_t seq, uint32_t block)
+{
+    const struct seq *s = &core->seqs[seq];
+    const struct block *b = &core->blocks[block];
+    return s->live && s->tenant == b->tenant && b->layer < s->layers && b->index < s->blocks_max &&
+           *seq_block(s, b->layer, b->index) == block;
 }
 
 /* Of a place in the pool. */

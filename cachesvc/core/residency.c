@@ -10,20 +10,13 @@ static bool pinned_by(const struct seq *s, const struct block *b)
     return b->index < PKV_PIN_FIRST_BLOCKS || b->index + PKV_PIN_LAST_BLOCKS >= s->granted[b->layer];
 }
 
-static bool holds(const struct core *core, uint32_t seq, const struct block *b, uint32_t id)
-{
-    const struct seq *s = &core->seqs[seq];
-    return s->live && s->tenant == b->tenant && b->layer < s->layers && b->index < s->blocks_max &&
-           *seq_block(s, b->layer, b->index) == id;
-}
-
 static bool droppable(const struct core *core, uint32_t id)
 {
     const struct block *b = &core->blocks[id];
     if (b->state != BLOCK_HOME || !b->rows || b->pins || b->dying || pinned_by(&core->seqs[b->seq], b))
         return false;
     for (uint32_t i = 0; b->holders > 1 && i < core->seq_end; i++)
-        if (holds(core, i, b, id) && pinned_by(&core->seqs[i], b))
+        if (seq_holds(core, i, id) && pinned_by(&core->seqs[i], b))
             return false;
     return true;
 }
@@ -67,7 +60,7 @@ static void block_drop(struct core *core, uint32_t id)
     assert(b->state == BLOCK_HOME && b->rows && b->home);
     show_home(&core->seqs[b->seq], b);
     for (uint32_t i = 0; b->holders > 1 && i < core->seq_end; i++)
-        if (holds(core, i, b, id))
+        if (seq_holds(core, i, id))
             show_home(&core->seqs[i], b);
     core->home_in_pool--, device_of(core, b->rows)->home_bytes -= b->row_bytes;
     place_retire(core, b->rows);

@@ -42,6 +42,7 @@ enum pkv_err core_seq_view(struct core *core, uint32_t worker, uint64_t handle, 
                               .granted = s->granted[layer],
                               .sealed = s->sealed[layer],
                               .writer = s->writer == worker,
+                              .damaged = s->damaged,
                               .device = s->device};
     return PKV_ERR_OK;
 }

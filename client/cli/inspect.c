@@ -52,8 +52,12 @@ int cli_inspect(struct cli *cli)
            (unsigned long long)format_number(s, "tokens"), (unsigned long long)format_number(s, "max_tokens"),
            format_bytes(format_number(s, "block_bytes"), rows),
            format_bytes(format_number(s, "signature_block_bytes"), signatures));
-    printf("%s in the pool, %s in the arena\n\n", format_bytes(format_number(s, "pool_bytes"), pool),
+    printf("%s in the pool, %s in the arena\n", format_bytes(format_number(s, "pool_bytes"), pool),
            format_bytes(format_number(s, "arena_bytes"), arena));
+    if (format_number(s, "damaged"))
+        printf("%llu blocks are lost: their memory is damaged. Truncate before them, or prefill again\n",
+               (unsigned long long)format_number(s, "damaged"));
+    printf("\n");
     layers(json_object_get(s, "layer"));
     json_decref(s);
     return CLI_GOOD;

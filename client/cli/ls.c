@@ -23,7 +23,9 @@ int cli_ls(struct cli *cli)
         uint64_t hot = format_number(b, "granted") + format_number(b, "sealed") + format_number(b, "home_pool");
         snprintf(cells[0], 32, "%llu", (unsigned long long)format_number(s, "tokens"));
         snprintf(cells[1], 32, "%llu", (unsigned long long)format_number(s, "max_tokens"));
-        snprintf(cells[2], 32, "%llu", (unsigned long long)(hot + format_number(b, "home_arena")));
+        int n = snprintf(cells[2], 32, "%llu", (unsigned long long)(hot + format_number(b, "home_arena")));
+        if (format_number(s, "damaged"))
+            snprintf(cells[2] + n, (size_t)(32 - n), " (%llu lost)", (unsigned long long)format_number(s, "damaged"));
         snprintf(cells[3], 32, "%llu", (unsigned long long)hot);
         table_row(&t, 10,
                   (const char *const[]){format_text(s, "seq"), format_text(s, "label"), format_text(s, "tenant"),

@@ -1,8 +1,9 @@
 /* The core under random events: workers come, go and die, tenants share a pool that is far too small, copies end late, out of
- * order or not at all, readers hold epochs. Memory is simulated: each slot holds the number of the block that was written
- * there. After each event every invariant of the core is walked, every block table names a place that still holds its
- * block, what a reader saw when it entered its epoch is still there, and copies of entries hold while `changes` stands.
- * usage: sim_core [SEEDS [EVENTS [FIRST_SEED]]] */
+ * order or not at all, readers hold epochs, memory of the arena loses bits. Memory is simulated: each slot holds the number of
+ * the block that was written there. After each event every invariant of the core is walked, every block table names a place
+ * that still holds its block, what a reader saw when it entered its epoch is still there, and copies of entries hold while
+ * `changes` stands. What was lost never comes back into the pool, and when all has been looked at again, who has lost something
+ * has been told, and nobody else. usage: sim_core [SEEDS [EVENTS [FIRST_SEED]]] */
 #include "cachesvc/core/core.h"
 
 #include <inttypes.h>
@@ -24,6 +25,7 @@ enum {
     FORKS = 8
 };
 #define CHUNK_BYTES (1ull << 17)
+#define LOST        (1ull << 63) /* of a cell: its bits are not what was written */
 
 static uint64_t state, now, next_content;
 static uint64_t memory[PKV_TIERS][ARENA][SLOTS];
@@ -56,6 +58,7 @@ static struct core_action copies[COPIES];
 static uint32_t copy_count, model[MODELS], devices;
 static uint64_t waiting, answered, seen_home, seen_full, seen_arena_full, seen_dropped;
 static uint64_t seen_kept, seen_moved, seen_forks, seen_bare, seen_cuts, seen_cow, seen_cow_failed;
+static uint64_t seen_mended, seen_damaged, seen_told;
 static uint64_t seen_held; /* blocks whose copies home waited */
 static struct core *core;
 
@@ -79,6 +82,13 @@ static uint64_t *cell(uint64_t place)
     if (pkv_place_tier(place) == PKV_TIER_NONE || pkv_place_chunk(place) >= ARENA || pkv_place_slot(place) >= SLOTS)
         fail("a place outside of the memory");
     return &memory[pkv_place_tier(place)][pkv_place_chunk(place)][pkv_place_slot(place)];
+}
+
+/* In the pool every bit counts; in the arena bits are lost until somebody looks. */
+static bool holds(uint64_t place, uint64_t content)
+{
+    uint64_t lost = pkv_place_tier(place) == PKV_TIER_ARENA ? LOST : 0;
+    return (*cell(place) & ~lost) == content;
 }
 
 static struct pkv_table *table_alloc(void *context, uint32_t tenant, uint64_t bytes, uint64_t *ret_offset)
@@ -135,7 +145,7 @@ static void take_actions(void)
 {
     struct core_action a;
     while (core_next_action(core, &a)) {
-        if (a.kind == CORE_COPY) {
+        if (a.kind == CORE_COPY || a.kind == CORE_CHECK) {
             if (copy_count == COPIES)
                 fail("more copies in flight than blocks");
             copies[copy_count++] = a;
@@ -162,7 +172,7 @@ static void walk_tables(void)
                     *content = 0;
                 else if (!*content)
                     *cell(refs[b].rows) = *content = ++next_content;
-                else if (*cell(refs[b].rows) != *content)
+                else if (!holds(refs[b].rows, *content))
                     fail("a block table names a place that holds something else");
                 seen_home += refs[b].rows && pkv_place_tier(refs[b].rows) == PKV_TIER_ARENA;
             }
@@ -170,7 +180,7 @@ static void walk_tables(void)
     }
     for (int w = 0; w < WORKERS; w++)
         for (uint32_t h = 0; workers[w].reads && h < workers[w].held; h++)
-            if (*cell(workers[w].place[h]) != workers[w].content[h])
+            if (!holds(workers[w].place[h], workers[w].content[h]))
                 fail("a place was reused under a reader");
 }
 
@@ -250,17 +260,67 @@ static void event_seal(struct reader *w, struct sequence *s)
     core_seal(core, now, w->id, s->handle, layer, first, below(5));
 }
 
+static void copied(uint32_t i, bool ok)
+{
+    struct core_action a = copies[i];
+    copies[i] = copies[--copy_count];
+    if (ok && a.kind == CORE_COPY)
+        *cell(a.to) = *cell(a.from);
+    uint64_t home = pkv_place_tier(a.from) == PKV_TIER_ARENA ? a.from : a.to;
+    core_copied(core, a.copy, ok, *cell(home));
+}
+
 static void event_copied(void)
 {
     if (!copy_count)
         return;
     uint32_t i = below(copy_count);
-    struct core_action a = copies[i];
-    copies[i] = copies[--copy_count];
-    bool ok = below(20) != 0;
-    if (ok)
-        *cell(a.to) = *cell(a.from);
-    core_copied(core, a.copy, ok, 7);
+    copied(i, below(20) != 0);
+}
+
+static void event_lose(void)
+{
+    uint64_t *c = &memory[PKV_TIER_ARENA][below(ARENA)][below(8)]; /* slots of a block's rows are large */
+    *c |= *c ? LOST : 0;
+    const struct sequence *s = any_seq();
+    for (uint32_t b = 0; s && b < s->table->blocks_max; b++) { /* those that lie there alone are few */
+        uint64_t place = pkv_table_layer(s->table, 0, s->table->blocks_max)[b].rows;
+        if (pkv_place_tier(place) == PKV_TIER_ARENA && below(4) == 0)
+            *cell(place) |= LOST;
+    }
+}
+
+static void event_scrub(void)
+{
+    uint64_t bytes = 0;
+    if (core_scrub(core, &bytes) && !bytes)
+        fail("a block of no bytes is looked at");
+}
+
+/* Some more is lost; then all that is at home is looked at, and all copies end well. */
+static void look_at_all(void)
+{
+    for (int i = 0; i < 40; i++)
+        event_lose();
+    for (int i = 0; i < 4 * ARENA * SLOTS; i++) {
+        event_scrub();
+        take_actions();
+        while (copy_count) {
+            copied(0, true);
+            take_actions();
+        }
+    }
+    for (int i = 0; i < SEQS; i++) {
+        bool lost = false;
+        for (uint32_t l = 0; seqs[i].live && l < LAYERS; l++)
+            for (uint32_t b = 0; b < seqs[i].table->blocks_max; b++) {
+                uint64_t place = pkv_table_layer(seqs[i].table, l, seqs[i].table->blocks_max)[b].rows;
+                lost |= place && *cell(place) & LOST;
+            }
+        if (seqs[i].live && seqs[i].table->err != (lost ? PKV_ERR_CHECKSUM : PKV_ERR_OK))
+            fail("a sequence has lost rows and was not told, or was told and has not");
+        seen_told += lost;
+    }
 }
 
 static void event_read(struct reader *w, struct sequence *s)
@@ -276,7 +336,7 @@ static void event_read(struct reader *w, struct sequence *s)
             if (!place)
                 continue;
             w->place[w->held] = place;
-            w->content[w->held++] = *cell(place);
+            w->content[w->held++] = *cell(place) & ~LOST;
         }
 }
 
@@ -333,8 +393,10 @@ static void event(void)
         event_copied();
     else if (kind < 55)
         event_quiesce();
-    else if (kind < 57)
+    else if (kind < 56)
         core_tick(core, now);
+    else if (kind < 57)
+        below(10) ? event_scrub() : event_lose();
     else if (!w->live)
         event_worker(w);
     else if (kind < 62)
@@ -409,6 +471,10 @@ int main(int argc, char **argv)
                 fail(wrong);
             }
         }
+        look_at_all();
+        if (core_check(core))
+            fail(core_check(core));
+        seen_mended += core_health(core)->blocks_mended, seen_damaged += core_health(core)->blocks_damaged;
         struct core_stats stats;
         core_stats(core, &stats);
         seen_dropped += stats.blocks_dropped;
@@ -421,8 +487,10 @@ int main(int argc, char **argv)
            " met a full arena, %" PRIu64 " blocks dropped\n",
            seeds * events, waiting, answered, seen_full, seen_arena_full, seen_dropped);
     printf("%" PRIu64 " times a copy home was seen to wait\n", seen_held);
-    if (!seen_held)
-        fail("no copy home has waited");
+    printf("%" PRIu64 " blocks mended, %" PRIu64 " damaged, %" PRIu64 " sequences told of them at the end\n", seen_mended,
+           seen_damaged, seen_told);
+    if (!seen_held || !seen_mended || !seen_damaged || !seen_told)
+        fail("no copy home has waited, or no lost bit was found");
     if (!seen_kept || !seen_moved || !waiting || !seen_full || !seen_arena_full || !seen_dropped || !seen_home || !seen_forks ||
         !seen_bare || !seen_cuts || !seen_cow || !seen_cow_failed)
         fail("the events reached too little: this run proves nothing");
