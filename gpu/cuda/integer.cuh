@@ -89,30 +89,10 @@ static __device__ __forceinline__ struct integer_rule rule_of(const struct integ
 
 /* ---- signatures into scores ---- */
 
-/* A block's signatures, this lane's part: pieces of sixteen bytes, a word of four tokens. */
-template <uint32_t COPIES> struct block_words {
-    static constexpr uint32_t PARTS = COPIES == 1 ? 2 : 1, HALVES = COPIES == 4 ? 1 : 2, FRAGMENTS = HALVES * 2;
-    uint4 piece[HALVES][PARTS];
-};
-
-/* at: of the block, in shared memory. */
-template <uint32_t COPIES>
-static __device__ __forceinline__ struct block_words<COPIES> block_load(uint32_t at, uint32_t words, uint32_t lane) {
-    struct block_words<COPIES> x;
-    uint32_t four = COPIES == 4 ? lane / 2 : lane / 4, word = min(COPIES == 4 ? lane % 2 : lane % 4, words - 1);
-    at += (four * words + word) * 16;
-#pragma unroll
-    for (uint32_t h = 0; h < block_words<COPIES>::HALVES; h++)
-#pragma unroll
-        for (uint32_t p = 0; p < block_words<COPIES>::PARTS; p++)
-            x.piece[h][p] = load_shared(at + h * 8 * words * 16 + p * 64);
-    return x;
-}
-
 /* This lane's part of B for each fragment: a pair of planes in the columns that are the fragment's. */
-template <uint32_t COPIES>
-struct pair_planes {
-    uint32_t b[block_words<COPIES>::FRAGMENTS][block_words<COPIES>::PARTS];
+template <uint32_t COPIES> struct pair_planes {
+    static constexpr uint32_t FRAGMENTS = pieces<COPIES, true>::HALVES * 2, PARTS = pieces<COPIES, true>::PARTS;
+    uint32_t b[FRAGMENTS][PARTS];
 };
 
 template <uint32_t COPIES, uint32_t WORDS>
@@ -122,32 +102,32 @@ static __device__ __forceinline__ struct pair_planes<COPIES> pair_take(const uin
     uint32_t column = lane / 4, word = COPIES == 4 ? lane % 2 : lane % 4;
     bool mine = COPIES != 4 || column / 2 % 2 == lane % 4 / 2; /* a line's second signature has columns of its own */
 #pragma unroll
-    for (uint32_t part = 0; part < block_words<COPIES>::PARTS; part++) {
+    for (uint32_t part = 0; part < p.PARTS; part++) {
         uint32_t own = mine && part * 4 + word < words ? planes[column % 2][part * 4 + word] : 0;
 #pragma unroll
-        for (uint32_t f = 0; f < block_words<COPIES>::FRAGMENTS; f++)
-            p.b[f][part] = column * block_words<COPIES>::FRAGMENTS / 8 == f ? own : 0;
+        for (uint32_t f = 0; f < p.FRAGMENTS; f++)
+            p.b[f][part] = column * p.FRAGMENTS / 8 == f ? own : 0;
     }
     return p;
 }
 
 /* d: of this lane's first token the bits in common with the even and the odd plane, then of its second token. */
 template <uint32_t COPIES>
-static __device__ __forceinline__ void pair_count(const struct block_words<COPIES> &x, const struct pair_planes<COPIES> &p,
+static __device__ __forceinline__ void pair_count(const struct pieces<COPIES, true> &x, const struct pair_planes<COPIES> &p,
                                                   int (&d)[4])
 {
 #pragma unroll
-    for (uint32_t h = 0; h < block_words<COPIES>::HALVES; h++)
+    for (uint32_t h = 0; h < x.HALVES; h++)
 #pragma unroll
-        for (uint32_t part = 0; part < block_words<COPIES>::PARTS; part++) {
-            common_bits(d, x.piece[h][part].x, x.piece[h][part].y, p.b[2 * h][part], d);
-            common_bits(d, x.piece[h][part].z, x.piece[h][part].w, p.b[2 * h + 1][part], d);
+        for (uint32_t part = 0; part < p.PARTS; part++) {
+            common_bits(d, x.of[h][part].x, x.of[h][part].y, p.b[2 * h][part], d);
+            common_bits(d, x.of[h][part].z, x.of[h][part].w, p.b[2 * h + 1][part], d);
         }
 }
 
 /* Codes of a turn's tokens, this lane's two of each block. */
 template <uint32_t COPIES, uint32_t BLOCKS, uint32_t GROUP, uint32_t WORDS>
-static __device__ __forceinline__ void codes_of(const struct block_words<COPIES> (&x)[BLOCKS],
+static __device__ __forceinline__ void codes_of(const struct pieces<COPIES, true> (&x)[BLOCKS],
                                                 const struct integer_rows<GROUP, WORDS> *m, const struct integer_rule &rule,
                                                 uint32_t lane, uint32_t (&got)[2 * BLOCKS])
 {
@@ -189,32 +169,28 @@ static __device__ void counts_join(uint32_t *counts)
     __syncthreads();
 }
 
-/* Codes of the part's tokens, and in counts [2048 + 8] how many have each, by all but the low bits; the stream has begun. Ends
- * with a barrier. */
-template <uint32_t COPIES, uint32_t GROUP, uint32_t WORDS, typename F>
-static __device__ __forceinline__ void scan_integer(struct stream &s, const struct integer_rows<GROUP, WORDS> *m,
-                                                    const struct integer_rule &rule, const struct span &span, uint16_t *codes,
-                                                    uint32_t *counts, const F &addresses)
+/* Codes of the part's tokens, and in counts [2048 + 8] how many have each, by all but the low bits. scan(counts, code) goes
+ * through the part, BLOCKS blocks at a time. Ends with a barrier. */
+template <uint32_t COPIES, uint32_t BLOCKS, uint32_t GROUP, uint32_t WORDS, typename S>
+static __device__ __forceinline__ void scan_integer(const struct integer_rows<GROUP, WORDS> *m, const struct integer_rule &rule,
+                                                    uint32_t *counts, const S &scan)
 {
-    constexpr uint32_t BLOCKS = turn_blocks<COPIES>();
     uint32_t lane = threadIdx.x % WARP, *own = counts + (rule.apart ? threadIdx.x % 8 * (APART + 1) : 0);
-    auto load = [&](uint32_t at) { return block_load<COPIES>(at, rule.words, lane); };
     if (rule.rows == 1 && rule.pairs == 1 && !rule.shift) {
         struct pair_planes<COPIES> p = pair_take<COPIES>(m->planes, rule.words, lane);
         int least = 1 - rule.low;
-        scan_blocks<COPIES, true>(s, span, codes, own, rule.low_bits, addresses, load,
-                                  [&](const struct block_words<COPIES>(&x)[BLOCKS], uint32_t(&got)[2 * BLOCKS]) {
+        scan(own, [&](const struct pieces<COPIES, true>(&x)[BLOCKS], uint32_t(&got)[2 * BLOCKS]) {
 #pragma unroll
-                                      for (uint32_t n = 0; n < BLOCKS; n++) {
-                                          int d[4] = {least, 0, least, 0};
-                                          pair_count<COPIES>(x[n], p, d);
-                                          got[2 * n] = d[0] - 2 * d[1], got[2 * n + 1] = d[2] - 2 * d[3];
-                                      }
-                                  });
+            for (uint32_t n = 0; n < BLOCKS; n++) {
+                int d[4] = {least, 0, least, 0};
+                pair_count<COPIES>(x[n], p, d);
+                got[2 * n] = d[0] - 2 * d[1], got[2 * n + 1] = d[2] - 2 * d[3];
+            }
+        });
     } else {
-        scan_blocks<COPIES, true>(
-            s, span, codes, own, rule.low_bits, addresses, load,
-            [&](const struct block_words<COPIES>(&x)[BLOCKS], uint32_t(&got)[2 * BLOCKS]) { codes_of(x, m, rule, lane, got); });
+        scan(own, [&](const struct pieces<COPIES, true>(&x)[BLOCKS], uint32_t(&got)[2 * BLOCKS]) {
+            codes_of<COPIES>(x, m, rule, lane, got);
+        });
     }
     __syncthreads();
     if (rule.apart)

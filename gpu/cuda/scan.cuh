@@ -49,15 +49,6 @@ static __device__ __forceinline__ uint32_t stream_block(const struct stream &s, 
     return s.begin + threadIdx.x / WARP + (i + threadIdx.x % WARP) * SCAN_WARPS;
 }
 
-/* In stages: where the signatures of a kv head lie in the block stream_block(s, i), or 0. */
-static __device__ __forceinline__ uint64_t signatures_at(const struct cuda_attend &a, const struct stream &s, uint32_t query,
-                                                         uint32_t head, uint32_t i)
-{
-    uint32_t b = stream_block(s, i);
-    uint64_t slot = pkv_geom_sig_block_bytes(&a.geom);
-    return b < s.end ? (uint64_t)place_address(a.base, blocks_of(a, query)[b].signatures, slot) + (uint64_t)head * s.size : 0;
-}
-
 /* Copies of the turn that begins with block i of the warp, to `slot` of the ring; a group of its own even if nothing is left.
  * addresses(i): of the block stream_block(s, i), or 0. */
 template <uint32_t COPIES, typename F>
@@ -145,6 +136,39 @@ template <uint32_t COPIES, bool PAIRED> static __device__ __forceinline__ uint32
     return !PAIRED ? lane : COPIES == 4 ? lane / 4 * 8 + j % 2 * 4 + j / 2 * 2 : j / 2 * 32 + lane / 4 * 4 + j % 2 * 2;
 }
 
+/* Two codes of candidates. */
+template <bool PAIRED>
+static __device__ __forceinline__ void codes_put(uint32_t one, uint32_t two, uint16_t *codes, uint32_t *counts,
+                                                 uint32_t low_bits)
+{
+    if (PAIRED)
+        *(uint32_t *)codes = one | two << 16;
+    else
+        codes[0] = (uint16_t)one, codes[WARP] = (uint16_t)two;
+    atomicAdd(counts + (one >> low_bits), 1u);
+    atomicAdd(counts + (two >> low_bits), 1u);
+}
+
+/* A block's signatures as they lie, this lane's pieces: a word of four tokens each. */
+template <uint32_t COPIES, bool PAIRED> struct pieces {
+    static constexpr uint32_t HALVES = PAIRED && COPIES == 4 ? 1 : 2, PARTS = COPIES == 1 ? 2 : 1;
+    uint4 of[HALVES][PARTS];
+};
+
+/* at: of the block; load(at): of sixteen bytes. Words that signatures do not have are others: their planes are zero. */
+template <uint32_t COPIES, bool PAIRED, typename A, typename L>
+static __device__ __forceinline__ struct pieces<COPIES, PAIRED> pieces_load(A at, uint32_t words, uint32_t lane,
+                                                                            const L &load) {
+    struct pieces<COPIES, PAIRED> x;
+    uint32_t per = COPIES == 4 ? 2 : 4, four = PAIRED && COPIES == 4 ? lane / 2 : lane / 4, word = min(lane % per, words - 1);
+#pragma unroll
+    for (uint32_t h = 0; h < x.HALVES; h++)
+#pragma unroll
+        for (uint32_t p = 0; p < x.PARTS; p++)
+            x.of[h][p] = load(at + ((four + h * 8) * words + (p ? min(word + 4, words - 1) : word)) * 16);
+    return x;
+}
+
 /* Codes of the part's tokens to codes, and their counts, by all but the low bits, without the warp's first TURNS turns (0 or
  * 1); the stream has begun. load(at): what this lane needs of a block that lies at `at` in shared memory; code(loaded, got):
  * its two codes of each block of a turn. */
@@ -176,14 +200,8 @@ static __device__ __forceinline__ void scan_blocks(struct stream &s, const struc
         code(x, got);
         if (i >= whole_from && i + BLOCKS <= whole_to) {
 #pragma unroll
-            for (uint32_t n = 0; n < BLOCKS; n++) {
-                if (PAIRED)
-                    *(uint32_t *)(codes + n * BLOCK_STRIDE) = got[2 * n] | got[2 * n + 1] << 16;
-                else
-                    codes[n * BLOCK_STRIDE] = (uint16_t)got[2 * n], codes[n * BLOCK_STRIDE + 32] = (uint16_t)got[2 * n + 1];
-                atomicAdd(counts + (got[2 * n] >> low_bits), 1u);
-                atomicAdd(counts + (got[2 * n + 1] >> low_bits), 1u);
-            }
+            for (uint32_t n = 0; n < BLOCKS; n++)
+                codes_put<PAIRED>(got[2 * n], got[2 * n + 1], codes + n * BLOCK_STRIDE, counts, low_bits);
             continue;
         }
 #pragma unroll

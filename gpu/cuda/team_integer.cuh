@@ -24,6 +24,18 @@ static __device__ __noinline__ void weights_keep(const struct team_call &call, c
     }
 }
 
+template <uint32_t COPIES, typename F>
+static __device__ __forceinline__ void scan_ring(struct stream &s, const struct integer_rows<HEADS, TEAM_SIG_WORDS> *rows,
+                                                 const struct integer_rule &rule, const struct span &span, uint16_t *codes,
+                                                 uint32_t *counts, const F &addresses)
+{
+    uint32_t lane = threadIdx.x % WARP;
+    auto load = [&](uint32_t at) { return pieces_load<COPIES, true>(at, rule.words, lane, load_shared); };
+    scan_integer<COPIES, turn_blocks<COPIES>()>(rows, rule, counts, [&](uint32_t *own, const auto &code) {
+        scan_blocks<COPIES, true>(s, span, codes, own, rule.low_bits, addresses, load, code);
+    });
+}
+
 /* The part's codes and their counts; returns how many low bits of the codes are not counted. The weights' memory becomes the
  * codes'. */
 template <typename F>
@@ -40,9 +52,9 @@ static __device__ __forceinline__ uint32_t scan_integers(const struct team_call 
     __syncthreads();
     struct integer_rule rule = rule_of(rows, sum, t.group, call.words);
     if (call.words <= 2)
-        scan_integer<4>(s, rows, rule, span, codes, m->counts, addresses);
+        scan_ring<4>(s, rows, rule, span, codes, m->counts, addresses);
     else
-        scan_integer<2>(s, rows, rule, span, codes, m->counts, addresses);
+        scan_ring<2>(s, rows, rule, span, codes, m->counts, addresses);
     return rule.low_bits;
 }
 
