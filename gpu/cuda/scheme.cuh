@@ -75,6 +75,11 @@ static __device__ __forceinline__ float dot16(const float *weight, const float *
     return sum16(sum);
 }
 
+static __device__ __forceinline__ float silu(float x)
+{
+    return __fdiv_rn(x, __fadd_rn(1.0f, (float)exp(-(double)x)));
+}
+
 /* Outputs `pair` and `pair` + 1 of a stage of an MLP, a half warp each; SiLU but in the last stage. */
 static __device__ __forceinline__ void stage_outputs(const struct cuda_map &map, uint64_t at, uint32_t pair, const float *from,
                                                      float *to, bool last)
@@ -85,7 +90,7 @@ static __device__ __forceinline__ void stage_outputs(const struct cuda_map &map,
     if (map.bias)
         v = __fadd_rn(v, map.bias[row]);
     if (!last)
-        v = __fdiv_rn(v, __fadd_rn(1.0f, (float)exp(-(double)v)));
+        v = silu(v);
     if (threadIdx.x % 16 == 0 && o == mine)
         to[o] = v;
 }

@@ -67,45 +67,99 @@ static __device__ void weigh_sign(const struct cuda_attend &a, M *m, uint32_t he
             __fdiv_rn(__fmul_rn(__fmul_rn(__fmul_rn(2.0f, a.policy.scale), LOG2E), __fsqrt_rn(partial)), (float)a.scheme.bases);
 }
 
-/* Outputs of one map of all the group's heads, a half warp each. own: the heads have maps of their own. */
-template <typename M>
-static __device__ void map_queries(const struct cuda_map &map, M *m, uint64_t first, bool own, uint32_t out, uint32_t group)
+/* Rows of `in` weights, a half warp each, several on their way at a time: use(task, there, this lane's part of row(task)). */
+template <uint32_t PIECES, uint32_t AT_ONCE, typename R, typename U>
+static __device__ __forceinline__ void rows_take(uint32_t tasks, uint32_t in, const R &row, const U &use)
 {
-    uint32_t lane = threadIdx.x % 16;
-    for (uint32_t pair = threadIdx.x / WARP * 2; pair < out; pair += WEIGH_THREADS / 16) {
-        uint32_t o = min(pair + threadIdx.x / 16 % 2, out - 1);
-        float w[PKV_HEAD_DIM_MAX / 16];
-        for (uint32_t h = 0; h < group; h++) {
-            uint64_t row = (first + (own ? h : 0)) * map.out + o;
-            float sum = 0;
+    constexpr uint32_t STRIDE = WEIGH_THREADS / 16;
+    uint32_t lane = threadIdx.x % 16, mine = threadIdx.x / 16, pair = mine & ~1u; /* a warp's half warps go together */
+#pragma unroll 1
+    for (uint32_t first = 0; first + pair < tasks; first += AT_ONCE * STRIDE) {
+        float w[AT_ONCE][PIECES];
 #pragma unroll
-            for (uint32_t j = 0; j < PKV_HEAD_DIM_MAX / 16; j++)
-                if (j * 16 < map.in && (own || h == 0))
-                    w[j] = __ldg(map.weight + row * map.in + j * 16 + lane);
+        for (uint32_t t = 0; t < AT_ONCE; t++) {
+            const float *from = row(min(first + t * STRIDE + mine, tasks - 1)) + lane;
 #pragma unroll
-            for (uint32_t j = 0; j < PKV_HEAD_DIM_MAX / 16; j++)
-                if (j * 16 < map.in)
-                    sum = __fadd_rn(sum, __fmul_rn(w[j], m->q[h][j * 16 + lane]));
-            sum = sum16(sum);
-            if (lane == 0 && o == pair + threadIdx.x / 16 % 2)
-                m->real[h][PKV_SIG_BITS_MAX + o] = map.bias ? __fadd_rn(sum, map.bias[row]) : sum;
+            for (uint32_t j = 0; j < PIECES; j++)
+                w[t][j] = j * 16 < in && first + t * STRIDE + pair < tasks ? __ldg(from + j * 16) : 0.0f;
         }
+#pragma unroll
+        for (uint32_t t = 0; t < AT_ONCE; t++)
+            if (first + t * STRIDE + pair < tasks)
+                use(min(first + t * STRIDE + mine, tasks - 1), first + t * STRIDE + mine < tasks, w[t]);
     }
 }
 
-/* `hash`: an MLP per q head, one head after the other. */
+/* dot16() with weights that are there. */
+template <uint32_t PIECES>
+static __device__ __forceinline__ float dot_pieces(const float (&w)[PIECES], const float *x, uint32_t in)
+{
+    float sum = 0;
+#pragma unroll
+    for (uint32_t j = 0; j < PIECES; j++)
+        if (j * 16 < in)
+            sum = __fadd_rn(sum, __fmul_rn(w[j], x[j * 16 + threadIdx.x % 16]));
+    return sum16(sum);
+}
+
+/* Outputs of one map of all the group's heads. own: the heads have maps of their own. */
+template <uint32_t PIECES, uint32_t AT_ONCE, typename M>
+static __device__ void map_queries(const struct cuda_map &map, M *m, uint64_t first, bool own, uint32_t out, uint32_t group)
+{
+    rows_take<PIECES, AT_ONCE>(
+        own ? out * group : out, map.in,
+        [&](uint32_t task) { return map.weight + ((first + task / out) * map.out + task % out) * map.in; },
+        [&](uint32_t task, bool there, const float(&w)[PIECES]) {
+            uint32_t o = task % out;
+            float bias = map.bias ? __ldg(map.bias + (first + task / out) * map.out + o) : 0.0f;
+            for (uint32_t h = own ? task / out : 0, end = own ? h + 1 : group; h < end; h++) {
+                float sum = dot_pieces(w, m->q[h], map.in);
+                if (threadIdx.x % 16 == 0 && there)
+                    m->real[h][PKV_SIG_BITS_MAX + o] = map.bias ? __fadd_rn(sum, bias) : sum;
+            }
+        });
+}
+
+/* A stage of the MLPs of `heads` heads from the h-th on; from [heads][stride], hidden [heads][out]. */
+template <typename M>
+static __device__ void hash_stage(const struct cuda_map &map, M *m, uint64_t first, uint32_t h, uint32_t heads,
+                                  const float *from, uint32_t stride, float *hidden, bool last)
+{
+    auto put = [&](uint32_t task, bool there, float sum) {
+        uint32_t o = task % map.out;
+        uint64_t row = (first + h + task / map.out) * map.out + o;
+        float v = map.bias ? __fadd_rn(sum, map.bias[row]) : sum;
+        if (!last)
+            v = silu(v);
+        if (threadIdx.x % 16 == 0 && there)
+            (last ? m->real[h + task / map.out] + PKV_SIG_BITS_MAX + o : hidden + task)[0] = v;
+    };
+    auto row = [&](uint32_t task) { return map.weight + ((first + h) * map.out + task) * map.in; };
+    if (map.in <= 128)
+        rows_take<8, 4>(heads * map.out, map.in, row, [&](uint32_t task, bool there, const float(&w)[8]) {
+            put(task, there, dot_pieces(w, from + task / map.out * stride, map.in));
+        });
+    else
+        rows_take<1, 1>(heads * map.out, 0, row, [&](uint32_t task, bool there, const float(&)[1]) {
+            put(task, there, dot16(row(task), from + task / map.out * stride, map.in, threadIdx.x % 16));
+        });
+}
+
+/* `hash`: an MLP per q head; all heads at once where there is room for what lies between stages. */
 template <typename M> static __device__ void hash_queries(const struct cuda_attend &a, M *m, uint64_t first, uint32_t group)
 {
-    for (uint32_t h = 0; h < group; h++) {
+    uint32_t widest = 1;
+    for (uint32_t i = 0; i + 1 < a.scheme.q_stages; i++)
+        widest = max(widest, a.scheme.q[i].out);
+    uint32_t together = min(max(HIDDEN_MAX / widest, 1u), group);
+    for (uint32_t h = 0; h < group; h += together) {
+        uint32_t heads = min(together, group - h);
         const float *from = m->q[h];
         for (uint32_t i = 0; i < a.scheme.q_stages; i++) {
-            bool last = i + 1 == a.scheme.q_stages;
-            float *to = last ? m->real[h] + PKV_SIG_BITS_MAX : m->hidden[i % 2];
-            const struct cuda_map &map = a.scheme.q[i];
-            for (uint32_t pair = threadIdx.x / WARP * 2; pair < map.out; pair += WEIGH_THREADS / 16)
-                stage_outputs(map, first + h, pair, from, to, last);
+            hash_stage(a.scheme.q[i], m, first, h, heads, from, i ? a.scheme.q[i].in : PKV_HEAD_DIM_MAX, m->hidden[i % 2],
+                       i + 1 == a.scheme.q_stages);
             __syncthreads();
-            from = to;
+            from = m->hidden[i % 2];
         }
     }
 }
@@ -119,12 +173,15 @@ template <typename M> static __device__ __noinline__ void apply_maps(const struc
     uint64_t shared = (uint64_t)a.layer * g.kv_heads + head, own = (uint64_t)a.layer * g.q_heads + head * group;
     if (a.weighed || s.kind == PKV_SCHEME_SIGN)
         return;
+    const struct cuda_map &map = s.kind == PKV_SCHEME_CODE || s.q_own ? s.q[0] : s.k[0];
+    uint32_t out = s.kind == PKV_SCHEME_CODE ? s.dims : g.sig_bits;
+    bool apart = s.kind == PKV_SCHEME_LINEAR && s.q_own;
     if (s.kind == PKV_SCHEME_HASH)
         hash_queries(a, m, own, group);
-    else if (s.kind == PKV_SCHEME_CODE)
-        map_queries(s.q[0], m, shared, false, s.dims, group);
+    else if (g.head_dim <= 128)
+        map_queries<8, 4>(map, m, apart ? own : shared, apart, out, group);
     else
-        map_queries(s.q_own ? s.q[0] : s.k[0], m, s.q_own ? own : shared, s.q_own, g.sig_bits, group);
+        map_queries<16, 2>(map, m, apart ? own : shared, apart, out, group);
     __syncthreads();
 }
 
