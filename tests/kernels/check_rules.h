@@ -78,7 +78,8 @@ static inline void check_rules(struct world *w, struct on_device *d, uint32_t ro
         enum weights kind = (enum weights)below(WEIGHTS);
         uint32_t same = distinct[below(4)];
         w->policy.rule = d->a.policy.rule = below(2) ? PKV_RULE_SUM : PKV_RULE_MAX;
-        w->tokens = below(2) ? tokens : PKV_MAX(1 + below(tokens), w->queries);
+        uint32_t fewer = 1 + below(tokens);
+        w->tokens = below(2) ? tokens : PKV_MAX(fewer, w->queries);
         printf("  rule %u weights %u distinct %u tokens %u\n", w->policy.rule, kind, same, w->tokens);
         struct cuda_seq seqs[2] = {{d->refs, w->tokens}, {d->refs, 1 + below(w->tokens)}};
         CUDA(cudaMemcpy(d->seqs, seqs, sizeof(seqs), cudaMemcpyHostToDevice));
