@@ -2,7 +2,8 @@
  * Llama-3.1-8B layer (32 q / 8 kv heads x 128, bf16), k = 2048 beside 128 sinks and 128 recent. Graphs rotate over layers, so
  * that the cache of the device does not hold what is read; medians of replays; ceilings of the same run.
  *
- *   attend_8k .. attend_1m, _64b   one attend call, everything in the pool; 128-bit signatures, or 64
+ *   attend_8k .. attend_1m, _64b   one attend call, everything in the pool; `sign`, 128 bits, or 64
+ *   attend_32k_code, _128k_code    the same with `code`, whose weights are maps of the queries
  *   batch_64x32k                   64 sequences of 32K tokens
  *   append_64                      one token for each of 64 sequences
  *   prefill, prefill_host          append in calls of 4096 tokens, two layers, bytes moved; the host's part of a step
@@ -92,6 +93,7 @@ struct length {
     const char *name;
     uint32_t tokens, bits, count;
     double goal;
+    uint32_t signature;
 };
 
 static void figure_layers(const struct lab *x, struct pkv *kv)
@@ -105,13 +107,17 @@ static void figure_layers(const struct lab *x, struct pkv *kv)
 static void figures_resident(const struct lab *x, struct pkv *kv)
 {
     static const struct length lengths[] = {
-        {"attend_8k", 8192, 128, 1, 0.95},      {"attend_16k", 16384, 128, 1, 0.95},   {"attend_32k", 32768, 128, 1, 3},
-        {"attend_128k", 131072, 128, 1, 6.5},   {"attend_512k", 524288, 128, 1, 12},   {"attend_1m", 1048576, 128, 1, 18},
-        {"attend_128k_64b", 131072, 64, 1, 10}, {"attend_1m_64b", 1048576, 64, 1, 30}, {"batch_64x32k", 32768, 128, 64, 3},
+        {"attend_8k", 8192, 128, 1, 0.95, PKV_SIGN},         {"attend_16k", 16384, 128, 1, 0.95, PKV_SIGN},
+        {"attend_32k", 32768, 128, 1, 3, PKV_SIGN},          {"attend_128k", 131072, 128, 1, 6.5, PKV_SIGN},
+        {"attend_512k", 524288, 128, 1, 12, PKV_SIGN},       {"attend_1m", 1048576, 128, 1, 18, PKV_SIGN},
+        {"attend_128k_64b", 131072, 64, 1, 10, PKV_SIGN},    {"attend_1m_64b", 1048576, 64, 1, 30, PKV_SIGN},
+        {"batch_64x32k", 32768, 128, 64, 3, PKV_SIGN},       {"attend_32k_code", 32768, 128, 1, 3, PKV_CODE},
+        {"attend_128k_code", 131072, 128, 1, 6.5, PKV_CODE},
     };
     for (size_t i = 0; i < sizeof(lengths) / sizeof(lengths[0]); i++) {
         const struct length *l = &lengths[i];
-        struct text t = {.kv = kv, .count = l->count, .tokens = l->tokens / x->bench->scale, .bits = l->bits};
+        struct text t = {
+            .kv = kv, .count = l->count, .tokens = l->tokens / x->bench->scale, .bits = l->bits, .signature = l->signature};
         uint64_t each = (uint64_t)t.tokens * t.count;
         bool append = l->count == SEQS_MAX && bench_wanted(x->bench, "append_64");
         if (!bench_wanted(x->bench, l->name) && !append)

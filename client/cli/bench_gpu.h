@@ -42,9 +42,8 @@ struct text {
     struct pkv_model *model;
     struct pkv_batch *batch;
     uint32_t count, layers, tokens, bits;
-    const char *weights; /* file of a `linear` scheme; NULL: `sign` */
-    bool hamming;        /* rule sum: with signs of the query, plain Hamming distances */
-    const void *keys;    /* instead of the lab's, in piece `keys_piece` or in all (EVERY_PIECE); NULL: never */
+    uint32_t signature; /* PKV_SIGN; PKV_CODE, PKV_LINEAR with weights of bench_weights.c, the latter by rule sum */
+    const void *keys;   /* instead of the lab's, in piece `keys_piece` or in all (EVERY_PIECE); NULL: never */
     uint32_t keys_piece;
     const char *source;     /* k and v of piece after piece, in memory that the device reads; NULL: the lab's */
     uint32_t source_pieces; /* then begin again */
@@ -75,6 +74,9 @@ bool text_explained(const struct lab *x, struct text *t, double *ret_scan_ns, do
 
 /* bench_gpu_scan.c */
 void figures_scan(const struct lab *x, struct pkv *kv);
+/* bench_weights.c: random weights of a PKV_CODE with a bit a dimension, or of a PKV_LINEAR with signs of the queries (plain
+ * Hamming distances), as a file that only this process sees: its descriptor, or -1. */
+int bench_weights(uint32_t signature, uint32_t layers, uint32_t bits);
 /* bench_gpu_cost.c */
 void figures_adversarial(const struct lab *x, struct pkv *kv);
 void figure_prefill(const struct lab *x, const struct text *t, const char *name, const char *host_name);

@@ -6,47 +6,7 @@
  * a synchronous call, by what it says of itself */
 #include "client/cli/bench_gpu.h"
 
-#include <stdlib.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
 enum { SHORT = 131072, LONG = 1048576 };
-
-/* ---- projections, as a file that only this process sees ---- */
-
-static bool write_all(int fd, const void *data, uint64_t bytes)
-{
-    for (uint64_t done = 0; done < bytes;) {
-        ssize_t n = write(fd, (const char *)data + done, bytes - done);
-        if (n <= 0)
-            return false;
-        done += (uint64_t)n;
-    }
-    return true;
-}
-
-/* safetensors: the header's length, the header, the floats. */
-static bool write_projections(int fd, uint32_t layers, uint32_t bits)
-{
-    uint64_t count = (uint64_t)layers * KV_HEADS * bits * DIM, state = 1;
-    char header[256];
-    int n = snprintf(header, sizeof(header),
-                     "{\"__metadata__\":{\"scheme\":\"linear\",\"query\":\"sign\"},"
-                     "\"k.weight\":{\"dtype\":\"F32\",\"shape\":[%u,%d,%u,%d],\"data_offsets\":[0,%llu]}}",
-                     layers, KV_HEADS, bits, DIM, (unsigned long long)count * sizeof(float));
-    uint64_t length = (uint64_t)n;
-    float *weights = malloc(count * sizeof(float));
-    for (uint64_t i = 0; weights && i < count; i++) {
-        state = state * 6364136223846793005u + 1442695040888963407u;
-        weights[i] = (float)(int32_t)(state >> 32) * 0x1p-31f;
-    }
-    bool ok = weights && write_all(fd, &length, sizeof(length)) && write_all(fd, header, length) &&
-              write_all(fd, weights, count * sizeof(float));
-    free(weights);
-    return ok;
-}
-
-/* ---- figures ---- */
 
 static uint64_t bytes_read(const struct text *t)
 {
@@ -56,25 +16,18 @@ static uint64_t bytes_read(const struct text *t)
 /* Microseconds of an attend call over `tokens`; 0: it failed. */
 static double call_us(const struct lab *x, struct text t, uint32_t tokens, uint64_t *ret_bytes)
 {
-    char path[64];
-    int fd = t.hamming ? memfd_create("projections", MFD_CLOEXEC) : -1;
     t.tokens = tokens / x->bench->scale;
     t.layers = PKV_MIN(ALL_LAYERS / t.tokens, (uint32_t)LAYERS_MAX);
-    if (t.hamming)
-        snprintf(path, sizeof(path), "/proc/self/fd/%d", fd), t.weights = path;
-    bool ok = !t.hamming || (fd >= 0 && write_projections(fd, t.layers, t.bits));
-    ok = ok && text_open(x, &t) && fill_queries(x, 1, 0) && text_batch(&t, 1, false, 0);
+    bool ok = text_open(x, &t) && fill_queries(x, 1, 0) && text_batch(&t, 1, false, 0);
     double us = ok ? text_timed(x, &t, false) : 0;
     *ret_bytes = bytes_read(&t);
     text_close(&t);
-    if (fd >= 0)
-        close(fd);
     return us;
 }
 
-static void figure_growth(const struct lab *x, struct pkv *kv, const char *name, uint32_t bits, bool hamming, double goal)
+static void figure_growth(const struct lab *x, struct pkv *kv, const char *name, uint32_t bits, uint32_t signature, double goal)
 {
-    struct text t = {.kv = kv, .count = 1, .bits = bits, .hamming = hamming};
+    struct text t = {.kv = kv, .count = 1, .bits = bits, .signature = signature};
     uint64_t few, many;
     if (!bench_wanted(x->bench, name))
         return;
@@ -104,9 +57,9 @@ static void figure_sync(const struct lab *x, struct pkv *kv)
 
 void figures_scan(const struct lab *x, struct pkv *kv)
 {
-    figure_growth(x, kv, "scan_1m", 128, false, 0.83);
-    figure_growth(x, kv, "scan_1m_64b", 64, false, 0.83);
-    figure_growth(x, kv, "hamming_1m", 128, true, 0.8);
-    figure_growth(x, kv, "hamming_1m_64b", 64, true, 0.8);
+    figure_growth(x, kv, "scan_1m", 128, PKV_SIGN, 0.83);
+    figure_growth(x, kv, "scan_1m_64b", 64, PKV_SIGN, 0.83);
+    figure_growth(x, kv, "hamming_1m", 128, PKV_LINEAR, 0.8);
+    figure_growth(x, kv, "hamming_1m_64b", 64, PKV_LINEAR, 0.8);
     figure_sync(x, kv);
 }

@@ -17,7 +17,7 @@ bool text_batch(struct text *t, uint32_t queries, bool dense, uint64_t cache_byt
     struct pkv_budget budget = {.size = sizeof(budget), .k = K, .sinks = SINKS, .recent = RECENT, .dense = dense};
     struct pkv_batch_options o = {.size = sizeof(o), .queries = queries, .cache_bytes = cache_bytes};
     budget.dense_below = 16385;
-    budget.rule = t->hamming ? PKV_SUM : PKV_SOFTMAX_SUM;
+    budget.rule = t->signature == PKV_LINEAR ? PKV_SUM : PKV_SOFTMAX_SUM;
     return bench_good(t->kv, pkv_batch_open(t->seqs, t->count, &budget, &o, &t->batch));
 }
 
@@ -75,19 +75,25 @@ void bench_settle(const struct lab *x)
 
 bool text_model(struct text *t)
 {
-    char name[32];
-    snprintf(name, sizeof(name), "bench %u x %u%s", t->layers, t->bits, t->weights ? " linear" : "");
+    static const char *const names[] = {[PKV_SIGN] = "sign", [PKV_CODE] = "code", [PKV_LINEAR] = "linear"};
+    int file = t->signature == PKV_SIGN ? -1 : bench_weights(t->signature, t->layers, t->bits);
+    char name[64], path[64];
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", file);
+    snprintf(name, sizeof(name), "bench %u x %u %s", t->layers, t->bits, names[t->signature]);
     struct pkv_model_desc desc = {.size = sizeof(desc),
                                   .layers = t->layers,
                                   .q_heads = Q_HEADS,
                                   .kv_heads = KV_HEADS,
                                   .head_dim = DIM,
                                   .type = PKV_TYPE_BF16,
-                                  .signature = t->weights ? PKV_LINEAR : PKV_SIGN,
+                                  .signature = t->signature,
                                   .sig_bits = t->bits,
-                                  .weights = t->weights,
+                                  .weights = t->signature == PKV_SIGN ? NULL : path,
                                   .name = name};
-    return bench_good(t->kv, pkv_model_open(t->kv, &desc, &t->model));
+    bool ok = bench_good(t->kv, pkv_model_open(t->kv, &desc, &t->model));
+    if (file >= 0)
+        close(file);
+    return ok;
 }
 
 bool text_open(const struct lab *x, struct text *t)
