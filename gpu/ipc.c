@@ -57,12 +57,12 @@ static void enlist(struct shared *s)
 
 /* ---- tokens ---- */
 
-static int token_fd(const struct gpu_ipc_token *t)
+static int token_fd(struct gpu_ipc_token t) /* by value: some compilers see but a member of it otherwise */
 {
     int fd = memfd_create("pivotkv-ipc", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (fd < 0)
         return -PKV_ERR_SYSTEM;
-    if (pwrite(fd, t, sizeof(*t), 0) == (ssize_t)sizeof(*t) && !fcntl(fd, F_ADD_SEALS, TOKEN_SEALS))
+    if (pwrite(fd, &t, sizeof(t), 0) == (ssize_t)sizeof(t) && !fcntl(fd, F_ADD_SEALS, TOKEN_SEALS))
         return fd;
     close(fd);
     return -PKV_ERR_SYSTEM;
@@ -96,7 +96,7 @@ int gpu_ipc_create(struct gpu_device *d, uint64_t bytes, struct gpu_chunk *ret)
     memcpy(s->token.uuid, d->info.uuid, PKV_UUID_BYTES);
     r = d->verbs->zero(d, s->at, bytes, &ticket); /* the driver does not clear what this process has had before */
     r = r ? r : gpu_device_wait(d, ticket, ZERO_NS);
-    fd = r ? r : token_fd(&s->token);
+    fd = r ? r : token_fd(s->token);
     if (fd < 0) {
         r = fd;
         goto taken;
