@@ -40,15 +40,6 @@ static struct pkv_seq *text(struct pkv *kv, uint32_t tokens, uint32_t flags)
     return seq;
 }
 
-/* Another one as long goes through the pool: of the first only what is pinned stays there. */
-static void push_out(struct pkv *kv)
-{
-    struct pkv_seq *seq = NULL;
-    GOOD(kv, pkv_seq_create(open_model(kv), TOKENS, 0, NULL, &seq));
-    GOOD(kv, append_all(seq, other, other, TOKENS));
-    GOOD(kv, pkv_seq_close(seq));
-}
-
 /* Counters come with the turns of the loop. */
 static void wait_for(const char *counter, uint64_t value)
 {
@@ -67,6 +58,32 @@ static void lose(uint32_t token)
     if (found < 0)
         skip();
     assert_int_equal(found, LAYERS);
+}
+
+/* Another one as long goes through the pool: of the first little more than what is pinned stays there. */
+static void push_out(struct pkv *kv)
+{
+    struct pkv_seq *seq = NULL;
+    GOOD(kv, pkv_seq_create(open_model(kv), TOKENS, 0, NULL, &seq));
+    GOOD(kv, append_all(seq, other, other, TOKENS));
+    GOOD(kv, pkv_seq_close(seq));
+}
+
+/* The same, of a row that in one layer at least is in the arena alone: in how many. What else there was has been mended. */
+static uint32_t lose_for_good(struct pkv *kv, uint32_t token)
+{
+    uint64_t before = stat_number(&daemon_, "counters", "blocks_damaged"), now = before;
+    for (int i = 0; i < 10 && now == before; i++) {
+        uint64_t failures = stat_number(&daemon_, "counters", "checksum_failures");
+        push_out(kv);
+        lose(token);
+        wait_for("checksum_failures", failures + LAYERS);
+        now = stat_number(&daemon_, "counters", "blocks_damaged");
+        for (int n = 0; n < 300 && stat_number(&daemon_, "blocks", "sealed"); n++)
+            ;
+    }
+    assert_true(now > before);
+    return (uint32_t)(now - before);
 }
 
 static int attended(struct pkv_seq *seq)
@@ -102,21 +119,19 @@ static void test_told_without_the_pool(void **state)
 {
     (void)state;
     start("4G");
-    for (uint32_t flags = 0, told = LAYERS; flags <= PKV_CONNECT_SERVED; flags++, told += LAYERS) {
+    for (uint32_t flags = 0; flags <= PKV_CONNECT_SERVED; flags++) {
         struct pkv *kv = attach(&daemon_, flags), *reader = attach(&daemon_, flags);
         struct pkv_seq *seq = text(kv, TOKENS, PKV_PERSISTENT), *seen, *child;
         GOOD(reader, pkv_seq_open(open_model(reader), pkv_seq_handle(seq), &seen));
         GOOD(reader, attended(seen));
-        push_out(kv);
-        lose(LOST);
-        wait_for("blocks_damaged", told);
+        uint32_t layers = lose_for_good(kv, LOST);
         assert_told(kv, attended(seq));
         assert_told(reader, attended(seen));
         GOOD(kv, pkv_seq_truncate(seq, TOKENS - 64));
         assert_told(kv, pkv_append(seq, 0, 1, k, v));
         assert_told(kv, pkv_seq_fork(seq, BEFORE + 64, 0, &child));
         json_t *ls = stat_json(&daemon_, "ls"), *s = json_array_get(json_object_get(ls, "sequences"), 0);
-        assert_int_equal(json_integer_value(json_object_get(s, "damaged")), LAYERS);
+        assert_int_equal(json_integer_value(json_object_get(s, "damaged")), layers);
         json_decref(ls);
         GOOD(kv, pkv_seq_fork(seq, BEFORE, 0, &child)); /* what is before it is well */
         assert_exact(kv, child, k, v, q, BEFORE);
@@ -141,11 +156,17 @@ static void test_a_tail_on_its_way(void **state)
     start("0");
     struct pkv *kv = attach(&daemon_, 0);
     struct pkv_seq *seq = text(kv, TOKENS, 0), *child = NULL;
-    push_out(kv);
     lose(LOST);
+    int r = 0;
+    for (int i = 0; i < 10 && !r; i++) { /* rows that the pool still has need not come back */
+        push_out(kv);
+        r = pkv_seq_fork(seq, LOST + 5, 0, &child);
+        if (!r)
+            GOOD(kv, pkv_seq_close(child));
+    }
+    assert_told(kv, r);
     assert_int_equal(stat_number(&daemon_, "counters", "blocks_checked"), 0);
-    assert_told(kv, pkv_seq_fork(seq, LOST + 5, 0, &child));
-    assert_int_equal(stat_number(&daemon_, "counters", "checksum_failures"), LAYERS);
+    assert_in_range(stat_number(&daemon_, "counters", "checksum_failures"), 1, LAYERS);
     assert_told(kv, attended(seq)); /* and now the sequence is known to be damaged */
     assert_told(kv, pkv_seq_truncate(seq, LOST + 5));
     assert_int_equal(pkv_seq_tokens(seq), BEFORE + 64); /* whole blocks have gone, the tail is as it was */
@@ -174,9 +195,7 @@ static void test_a_batch_is_told(void **state)
         GOOD(kv, pkv_batch_attend(batch, l, q, out, NULL, NULL));
     }
     GOOD(kv, pkv_batch_end(batch, NULL));
-    push_out(kv);
-    lose(LOST);
-    wait_for("blocks_damaged", LAYERS);
+    lose_for_good(kv, LOST);
     assert_told(kv, pkv_batch_begin(batch, NULL));
     GOOD(kv, pkv_batch_close(batch));
     pkv_close(kv);
