@@ -48,7 +48,8 @@ struct pkv_options {
 
 /* `path`: the daemon's socket; NULL: $PIVOTKV_SOCKET, then the default path of this user. `options` may be NULL.
  * On a daemon with a pool on GPUs a connection lives on one of them, and so do its sequences: open one connection per GPU.
- * -ECONNREFUSED no daemon, -ENAMETOOLONG path, -EPERM another user's socket, -EPROTO version, features or backend, -EUSERS
+ * -ECONNREFUSED no daemon, -ENAMETOOLONG path, -EPERM another user's socket, or another tenant maps a pool
+ * that only one may (operating.md, share), -EPROTO version, features or backend, -EUSERS
  * full, -ENODEV the GPU that was asked for cannot be used. */
 PKV_API int pkv_connect(const char *path, const struct pkv_options *options, struct pkv **ret);
 /* Closes all that hangs on the connection. NULL is allowed. */
@@ -101,12 +102,15 @@ PKV_API int pkv_seq_open(struct pkv_model *model, uint64_t handle, struct pkv_se
 PKV_API int pkv_seq_close(struct pkv_seq *seq);   /* frees the cache, unless persistent or open elsewhere */
 PKV_API int pkv_seq_destroy(struct pkv_seq *seq); /* frees the cache; other holders get -ESTALE */
 PKV_API uint64_t pkv_seq_handle(const struct pkv_seq *seq);
+/* Rows of a sequence that CPU memory has lost are not served: from when the daemon finds out (scrub-bytes-s), every call that
+ * would read rows of the sequence, and pkv_batch_begin, gives -EBADMSG, until it is truncated before them, or freed. */
 /* Tokens that every layer has. */
 PKV_API uint64_t pkv_seq_tokens(const struct pkv_seq *seq);
-/* A child with the parent's first `tokens` tokens; whole blocks are shared, the tail block is copied. */
+/* A child with the parent's first `tokens` tokens; whole blocks are shared, the tail block is copied. -EBADMSG: rows of them
+ * are lost. */
 PKV_API int pkv_seq_fork(struct pkv_seq *seq, uint64_t tokens, uint32_t max_tokens, struct pkv_seq **ret);
-/* Forgets the tokens from `tokens` on, in all layers. -ENOSPC, -ENOMEM: no room to copy the tail block; then the sequence is
- * cut to the next multiple of 64. */
+/* Forgets the tokens from `tokens` on, in all layers. -ENOSPC, -ENOMEM: no room to copy the tail block; -EBADMSG: it is
+ * lost; then the sequence is cut to the next multiple of 64. */
 PKV_API int pkv_seq_truncate(struct pkv_seq *seq, uint64_t tokens);
 /* Signs the sequence again with its model's latest calibration; it has kept the one it began with. Reads all its keys, in this
  * call. -EBUSY: another worker has it open, or a fork shares its blocks; -EACCES: another worker writes it. */
