@@ -115,10 +115,9 @@ struct code_dim {
     uint32_t bits, first;
 };
 
-static __device__ __forceinline__ struct code_dim code_dim_of(const struct cuda_scheme &s, uint64_t at, uint32_t i,
-                                                              uint32_t lane, uint32_t *before)
+static __device__ __forceinline__ struct code_dim code_dim_behind(uint32_t own, uint32_t lane, uint32_t *before)
 {
-    uint32_t own = i < s.dims ? s.bits[at * s.dims + i] : 0, sum = own;
+    uint32_t sum = own;
 #pragma unroll
     for (uint32_t d = 1; d < WARP; d *= 2) {
         uint32_t other = __shfl_up_sync(ALL_LANES, sum, d);
@@ -127,6 +126,12 @@ static __device__ __forceinline__ struct code_dim code_dim_of(const struct cuda_
     struct code_dim r = {own, *before + sum - own};
     *before += __shfl_sync(ALL_LANES, sum, WARP - 1);
     return r;
+}
+
+static __device__ __forceinline__ struct code_dim code_dim_of(const struct cuda_scheme &s, uint64_t at, uint32_t i,
+                                                              uint32_t lane, uint32_t *before)
+{
+    return code_dim_behind(i < s.dims ? s.bits[at * s.dims + i] : 0, lane, before);
 }
 
 #endif

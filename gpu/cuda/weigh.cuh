@@ -67,57 +67,100 @@ static __device__ void weigh_sign(const struct cuda_attend &a, M *m, uint32_t he
             __fdiv_rn(__fmul_rn(__fmul_rn(__fmul_rn(2.0f, a.policy.scale), LOG2E), __fsqrt_rn(partial)), (float)a.scheme.bases);
 }
 
-/* Rows of `in` weights, a half warp each, several on their way at a time: use(task, there, this lane's part of row(task)). */
-template <uint32_t PIECES, uint32_t AT_ONCE, typename R, typename U>
-static __device__ __forceinline__ void rows_take(uint32_t tasks, uint32_t in, const R &row, const U &use)
+/* ---- maps: a half warp has four rows of weights at a time ---- */
+
+#define MAP_ROWS   4u
+#define HALF_WARPS (WEIGH_THREADS / 16)
+
+/* Four rows of `in` weights on their way to this lane; row(i) of those that there are. */
+template <uint32_t PIECES, typename R>
+static __device__ __forceinline__ void map_rows(float (&w)[MAP_ROWS][PIECES], uint32_t in, uint32_t rows, const R &row)
 {
-    constexpr uint32_t STRIDE = WEIGH_THREADS / 16;
-    uint32_t lane = threadIdx.x % 16, mine = threadIdx.x / 16, pair = mine & ~1u; /* a warp's half warps go together */
-#pragma unroll 1
-    for (uint32_t first = 0; first + pair < tasks; first += AT_ONCE * STRIDE) {
-        float w[AT_ONCE][PIECES];
 #pragma unroll
-        for (uint32_t t = 0; t < AT_ONCE; t++) {
-            const float *from = row(min(first + t * STRIDE + mine, tasks - 1)) + lane;
+    for (uint32_t i = 0; i < MAP_ROWS; i++) {
+        const float *from = row(min(i, rows - 1)) + threadIdx.x % 16;
 #pragma unroll
-            for (uint32_t j = 0; j < PIECES; j++)
-                w[t][j] = j * 16 < in && first + t * STRIDE + pair < tasks ? __ldg(from + j * 16) : 0.0f;
-        }
-#pragma unroll
-        for (uint32_t t = 0; t < AT_ONCE; t++)
-            if (first + t * STRIDE + pair < tasks)
-                use(min(first + t * STRIDE + mine, tasks - 1), first + t * STRIDE + mine < tasks, w[t]);
+        for (uint32_t j = 0; j < PIECES; j++)
+            w[i][j] = j * 16 < in && i < rows ? __ldg(from + j * 16) : 0.0f;
     }
 }
 
-/* dot16() with weights that are there. */
+/* What this lane adds to its row's product with x, in dot16()'s order. */
 template <uint32_t PIECES>
-static __device__ __forceinline__ float dot_pieces(const float (&w)[PIECES], const float *x, uint32_t in)
+static __device__ __forceinline__ float map_part(const float (&w)[PIECES], const float *x, uint32_t in)
 {
     float sum = 0;
 #pragma unroll
     for (uint32_t j = 0; j < PIECES; j++)
         if (j * 16 < in)
             sum = __fadd_rn(sum, __fmul_rn(w[j], x[j * 16 + threadIdx.x % 16]));
-    return sum16(sum);
+    return sum;
 }
 
-/* Outputs of one map of all the group's heads. own: the heads have maps of their own. */
-template <uint32_t PIECES, uint32_t AT_ONCE, typename M>
-static __device__ void map_queries(const struct cuda_map &map, M *m, uint64_t first, bool own, uint32_t out, uint32_t group)
+/* sum16() of four values at once: this lane's is of value own_row(). */
+static __device__ __forceinline__ uint32_t own_row(void)
 {
-    rows_take<PIECES, AT_ONCE>(
-        own ? out * group : out, map.in,
-        [&](uint32_t task) { return map.weight + ((first + task / out) * map.out + task % out) * map.in; },
-        [&](uint32_t task, bool there, const float(&w)[PIECES]) {
-            uint32_t o = task % out;
-            float bias = map.bias ? __ldg(map.bias + (first + task / out) * map.out + o) : 0.0f;
-            for (uint32_t h = own ? task / out : 0, end = own ? h + 1 : group; h < end; h++) {
-                float sum = dot_pieces(w, m->q[h], map.in);
-                if (threadIdx.x % 16 == 0 && there)
-                    m->real[h][PKV_SIG_BITS_MAX + o] = map.bias ? __fadd_rn(sum, bias) : sum;
-            }
-        });
+    return threadIdx.x / 4 % MAP_ROWS;
+}
+static __device__ __forceinline__ float sums16(const float (&v)[MAP_ROWS])
+{
+    bool high = threadIdx.x & 8, odd = threadIdx.x & 4;
+    float a = __fadd_rn(high ? v[2] : v[0], __shfl_xor_sync(ALL_LANES, high ? v[0] : v[2], 8));
+    float b = __fadd_rn(high ? v[3] : v[1], __shfl_xor_sync(ALL_LANES, high ? v[1] : v[3], 8));
+    float sum = __fadd_rn(odd ? b : a, __shfl_xor_sync(ALL_LANES, odd ? a : b, 4));
+    sum = __fadd_rn(sum, __shfl_xor_sync(ALL_LANES, sum, 2));
+    return __fadd_rn(sum, __shfl_xor_sync(ALL_LANES, sum, 1));
+}
+
+/* Outputs of one map of all the group's heads: the rows are outputs a stride apart. */
+template <uint32_t PIECES, typename M>
+static __device__ void map_shared(const struct cuda_map &map, M *m, uint64_t at, uint32_t out, uint32_t group)
+{
+    uint32_t mine = threadIdx.x / 16;
+#pragma unroll 1
+    for (uint32_t first = 0; first + (mine & ~1u) < out; first += MAP_ROWS * HALF_WARPS) {
+        float w[MAP_ROWS][PIECES];
+        uint32_t o = min(first + mine, out - 1), rows = (out - 1 - o) / HALF_WARPS + 1, own = o + own_row() * HALF_WARPS;
+        bool put = threadIdx.x % 4 == 0 && own_row() < rows && first + mine < out;
+        map_rows<PIECES>(w, map.in, rows,
+                         [&](uint32_t i) { return map.weight + (at * map.out + o + i * HALF_WARPS) * map.in; });
+        float bias = map.bias && put ? __ldg(map.bias + at * map.out + own) : 0.0f;
+#pragma unroll 1
+        for (uint32_t h = 0; h < group; h++) {
+            float v[MAP_ROWS];
+#pragma unroll
+            for (uint32_t i = 0; i < MAP_ROWS; i++)
+                v[i] = map_part(w[i], m->q[h], map.in);
+            float sum = sums16(v);
+            if (put)
+                m->real[h][PKV_SIG_BITS_MAX + own] = map.bias ? __fadd_rn(sum, bias) : sum;
+        }
+    }
+}
+
+/* The same where heads from `at` on have maps of their own: the rows are heads. x [heads][stride], put(h, o, value). */
+template <uint32_t PIECES, typename U>
+static __device__ __forceinline__ void map_apart(const struct cuda_map &map, uint64_t at, uint32_t heads, const float *x,
+                                                 uint32_t stride, uint32_t out, const U &put)
+{
+    uint32_t mine = threadIdx.x / 16;
+#pragma unroll 1
+    for (uint32_t first = 0; first + (mine & ~1u) < out; first += HALF_WARPS)
+#pragma unroll 1
+        for (uint32_t h = 0; h < heads; h += MAP_ROWS) {
+            float w[MAP_ROWS][PIECES], v[MAP_ROWS];
+            uint32_t o = min(first + mine, out - 1), rows = min(heads - h, MAP_ROWS), own = h + own_row();
+            bool there = threadIdx.x % 4 == 0 && own < heads && first + mine < out;
+            map_rows<PIECES>(w, map.in, rows, [&](uint32_t i) { return map.weight + ((at + h + i) * map.out + o) * map.in; });
+            float bias = map.bias && there ? __ldg(map.bias + (at + own) * map.out + o) : 0.0f;
+#pragma unroll
+            for (uint32_t i = 0; i < MAP_ROWS; i++)
+                v[i] = i < rows ? map_part(w[i], x + (h + i) * stride, map.in) : 0.0f;
+            float sum = sums16(v);
+            sum = map.bias ? __fadd_rn(sum, bias) : sum;
+            if (there)
+                put(own, o, sum);
+        }
 }
 
 /* A stage of the MLPs of `heads` heads from the h-th on; from [heads][stride], hidden [heads][out]. */
@@ -125,24 +168,16 @@ template <typename M>
 static __device__ void hash_stage(const struct cuda_map &map, M *m, uint64_t first, uint32_t h, uint32_t heads,
                                   const float *from, uint32_t stride, float *hidden, bool last)
 {
-    auto put = [&](uint32_t task, bool there, float sum) {
-        uint32_t o = task % map.out;
-        uint64_t row = (first + h + task / map.out) * map.out + o;
-        float v = map.bias ? __fadd_rn(sum, map.bias[row]) : sum;
-        if (!last)
-            v = silu(v);
-        if (threadIdx.x % 16 == 0 && there)
-            (last ? m->real[h + task / map.out] + PKV_SIG_BITS_MAX + o : hidden + task)[0] = v;
-    };
-    auto row = [&](uint32_t task) { return map.weight + ((first + h) * map.out + task) * map.in; };
-    if (map.in <= 128)
-        rows_take<8, 4>(heads * map.out, map.in, row, [&](uint32_t task, bool there, const float(&w)[8]) {
-            put(task, there, dot_pieces(w, from + task / map.out * stride, map.in));
+    if (map.in <= 128 && map.in % 16 == 0) {
+        map_apart<8>(map, first + h, heads, from, stride, map.out, [&](uint32_t own, uint32_t o, float v) {
+            (last ? m->real[h + own] + PKV_SIG_BITS_MAX : hidden + own * map.out)[o] = last ? v : silu(v);
         });
-    else
-        rows_take<1, 1>(heads * map.out, 0, row, [&](uint32_t task, bool there, const float(&)[1]) {
-            put(task, there, dot16(row(task), from + task / map.out * stride, map.in, threadIdx.x % 16));
-        });
+        return;
+    }
+    for (uint32_t i = 0; i < heads; i++)
+        for (uint32_t pair = threadIdx.x / WARP * 2; pair < map.out; pair += HALF_WARPS)
+            stage_outputs(map, first + h + i, pair, from + i * stride,
+                          last ? m->real[h + i] + PKV_SIG_BITS_MAX : hidden + i * map.out, last);
 }
 
 /* `hash`: an MLP per q head; all heads at once where there is room for what lies between stages. */
@@ -175,14 +210,41 @@ template <typename M> static __device__ __noinline__ void apply_maps(const struc
         return;
     const struct cuda_map &map = s.kind == PKV_SCHEME_CODE || s.q_own ? s.q[0] : s.k[0];
     uint32_t out = s.kind == PKV_SCHEME_CODE ? s.dims : g.sig_bits;
-    bool apart = s.kind == PKV_SCHEME_LINEAR && s.q_own;
+    auto put = [&](uint32_t h, uint32_t o, float v) { m->real[h][PKV_SIG_BITS_MAX + o] = v; };
     if (s.kind == PKV_SCHEME_HASH)
         hash_queries(a, m, own, group);
+    else if (s.kind == PKV_SCHEME_LINEAR && s.q_own)
+        map_apart<PKV_HEAD_DIM_MAX / 16>(map, own, group, m->q[0], PKV_HEAD_DIM_MAX, out, put);
     else if (g.head_dim <= 128)
-        map_queries<8, 4>(map, m, apart ? own : shared, apart, out, group);
+        map_shared<8>(map, m, shared, out, group);
     else
-        map_queries<16, 2>(map, m, apart ? own : shared, apart, out, group);
+        map_shared<PKV_HEAD_DIM_MAX / 16>(map, m, shared, out, group);
     __syncthreads();
+}
+
+/* `code`: a dimension's value, at the weight of each of its bits. */
+template <typename M>
+static __device__ __forceinline__ void weigh_dims(const struct cuda_attend &a, M *m, uint32_t head, uint32_t h, uint32_t lane)
+{
+    constexpr uint32_t PER = PKV_HEAD_DIM_MAX / WARP;
+    const struct cuda_scheme &s = a.scheme;
+    uint64_t at = ((uint64_t)a.layer * a.geom.kv_heads + head) * s.dims;
+    uint32_t bits[PER], before = 0;
+    float step[PER]; /* all on their way together */
+#pragma unroll
+    for (uint32_t j = 0; j < PER; j++) {
+        uint32_t i = j * WARP + lane;
+        bits[j] = i < s.dims ? s.bits[at + i] : 0, step[j] = i < s.dims ? s.step[at + i] : 0.0f;
+    }
+#pragma unroll
+    for (uint32_t j = 0; j < PER; j++) {
+        if (j * WARP >= s.dims)
+            break;
+        struct code_dim d = code_dim_behind(bits[j], lane, &before);
+        float each = d.bits ? __fmul_rn(m->real[h][PKV_SIG_BITS_MAX + j * WARP + lane], step[j]) : 0.0f;
+        for (uint32_t p = 0; p < d.bits; p++)
+            m->real[h][d.first + p] = __fmul_rn(each, (float)(1u << p));
+    }
 }
 
 /* The maps' values, or their signs, spread over the bits. */
@@ -194,13 +256,7 @@ static __device__ __noinline__ void weigh_mapped(const struct cuda_attend &a, M 
     const float *values = m->real[h] + PKV_SIG_BITS_MAX;
     float unit = s.unit;
     if (s.kind == PKV_SCHEME_CODE) {
-        uint64_t at = (uint64_t)a.layer * g.kv_heads + head;
-        for (uint32_t i = lane, bit = 0; i < PKV_ALIGN_UP(s.dims, WARP); i += WARP) {
-            struct code_dim d = code_dim_of(s, at, i, lane, &bit);
-            float each = d.bits ? __fmul_rn(values[i], s.step[at * s.dims + i]) : 0.0f;
-            for (uint32_t p = 0; p < d.bits; p++)
-                m->real[h][d.first + p] = __fmul_rn(each, (float)(1u << p));
-        }
+        weigh_dims(a, m, head, h, lane);
         unit = __fmul_rn(__fmul_rn(s.unit, a.policy.scale), LOG2E);
     } else if (s.kind == PKV_SCHEME_HASH) {
         uint32_t each = g.sig_bits / pkv_geom_group(&g);
