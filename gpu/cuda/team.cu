@@ -212,8 +212,6 @@ static __device__ __forceinline__ void select_prepare(const struct team_call &ca
     if (weighs_signs(call.a, t)) {
         sign_turn<DIM>(call, sign);
         sign_quantize<DIM>(call, t, w, sign);
-    } else if (!signs_weigh(call.a)) {
-        other_weigh<T, DIM>(call.a, t.head, t.group, t.q_head, w);
     }
     places_find(call, t, m, span, ends_of(span), l.cached);
 }
@@ -292,6 +290,7 @@ static __device__ __forceinline__ uint32_t codes_find(const struct team_call &ca
     uint32_t early = max(s.depth / 4, 1u); /* turns; the words of the biases would wait behind the rest */
     stream_turns<COPIES>(s, 0, early);
     ends_share<T, DIM>(call, t, m, e, keys);
+    others_weigh<T, DIM>(call, t, w);
     words_take<SETS, COPIES>(call, t, m, w, f, bits);
     __syncthreads();
     struct planes<SETS, COPIES> p;
@@ -340,6 +339,7 @@ static __device__ __forceinline__ uint32_t select_rows(const struct team_call &c
 }
 
 /* The same by the rules `sum` and `max`. */
+template <typename T, uint32_t DIM>
 static __device__ __forceinline__ uint32_t select_integers(const struct team_call &call, struct team &t, struct team_shared *m,
                                                            struct team_rows *r, const struct span &span,
                                                            const struct list_of &l, struct own_rows *own)
@@ -356,6 +356,7 @@ static __device__ __forceinline__ uint32_t select_integers(const struct team_cal
         stream_begin<4>(s, none);
     else
         stream_begin<2>(s, none);
+    others_weigh<T, DIM>(call, t, w);
     uint32_t low_bits = scan_integers(call, t, m, w, span, s, codes, addresses);
     return choose<true>(call, t, m, c, r, span, l, s, codes, low_bits, own);
 }
@@ -400,7 +401,7 @@ __global__ void __launch_bounds__(THREADS, 1) team_kernel(const __grid_constant_
         begin = min(t.part * per, span.visible), own.count = min(per, span.visible - begin);
     } else {
         if constexpr (KIND == TEAM_INTEGER)
-            k = select_integers(call, t, m, r, span, l, &own);
+            k = select_integers<T, DIM>(call, t, m, r, span, l, &own);
         else
             k = select_rows<T, DIM, SETS>(call, t, m, r, span, l, &own);
         if (l.cached) {

@@ -89,7 +89,6 @@ static __device__ __forceinline__ void sign_quantize(const struct team_call &cal
         w->scale[weighed_head(t)] = step > 0 ? __fdiv_rn(call.unit, step) : 0.0f;
 }
 
-/* Of the other schemes, or given by the caller; all threads call it. */
 template <typename T, uint32_t DIM>
 static __device__ __noinline__ void other_weigh(const struct cuda_attend &a, uint32_t head, uint32_t group, uint64_t q_head,
                                                 struct weigh_shared<HEADS> *w)
@@ -102,6 +101,16 @@ static __device__ __noinline__ void other_weigh(const struct cuda_attend &a, uin
     uint32_t warp = threadIdx.x / WARP;
     if (warp < group)
         weigh_head<DIM / WARP>(a, w, head, q_head, warp, threadIdx.x % WARP);
+    __syncthreads();
+}
+
+/* Of the other schemes, or given by the caller; all threads call it, when they have asked for what others wait for. */
+template <typename T, uint32_t DIM>
+static __device__ __forceinline__ void others_weigh(const struct team_call &call, const struct team &t,
+                                                    struct weigh_shared<HEADS> *w)
+{
+    if (!signs_weigh(call.a))
+        other_weigh<T, DIM>(call.a, t.head, t.group, t.q_head, w);
 }
 
 #endif /* architecture */
