@@ -109,7 +109,7 @@ static const char *check_block(const struct core *core, uint32_t id, uint32_t se
     if (b->dying && !b->going_home && !b->pins && !b->fills)
         return "a dying block waits for no copy";
     if (b->held ? b->state != BLOCK_SEALED || b->going_home || b->dying
-                : b->state == BLOCK_SEALED && !b->going_home && b->copies_failed < 2)
+                : b->state == BLOCK_SEALED && !b->going_home && !b->dying && b->copies_failed < 2)
         return "a sealed block neither goes home nor waits for it";
     if (b->source != NONE && (core->blocks[b->source].state == BLOCK_FREE || !core->blocks[b->source].pins))
         return "a tail is copied from a block that is not pinned";

@@ -256,6 +256,29 @@ static void test_death_and_tails(void **state)
     land();
 }
 
+/* A tail is copied from a block whose copy home waits, and whoever had that block goes: it lives as long as the copy. */
+static void test_the_source_of_a_tail_goes(void **state)
+{
+    (void)state;
+    start(64, 1, HOLD, CHUNK);
+    uint64_t parent = text_of(alice, 4, 0), child = 0, table = 0;
+    struct pkv_op_fork op = {.tokens = 2 * PKV_BLOCK_TOKENS + 5};
+    struct core_stats s;
+    enum pkv_err e;
+    seal(0, parent, 0, 4);
+    assert_int_equal(begun(0), 0);
+    assert_false(core_seq_fork(core, 0, alice, 2, parent, &op, &e, &child, &table));
+    assert_int_equal(core_seq_destroy(core, alice, parent), PKV_ERR_OK);
+    assert_int_equal(held(), 2); /* what the child has of it */
+    assert_null(core_check(core));
+    assert_int_equal(begun(1), 2); /* the copies of the tail, and none home */
+    land();
+    core_quiesce(core, 2, core_epoch(core));
+    core_stats(core, &s);
+    assert_int_equal(s.used[PKV_TIER_ARENA], 3 * BLOCK); /* the child's alone */
+    assert_null(core_check(core));
+}
+
 /* The next prefill finds few copies under way; they come in bites, not one by one. */
 static void test_few_at_a_time(void **state)
 {
@@ -306,6 +329,7 @@ int main(void)
         cmocka_unit_test_teardown(test_a_wait_for_room_ends_it, stop),
         cmocka_unit_test_teardown(test_parked_and_closed, stop),
         cmocka_unit_test_teardown(test_death_and_tails, stop),
+        cmocka_unit_test_teardown(test_the_source_of_a_tail_goes, stop),
         cmocka_unit_test_teardown(test_few_at_a_time, stop),
         cmocka_unit_test_teardown(test_devices_are_apart, stop),
     };
