@@ -129,7 +129,7 @@ static void slot_free(struct core *core, uint64_t place)
     struct chunk *c = &core->chunks[pkv_place_tier(place)][pkv_place_chunk(place)];
     uint32_t slot = pkv_place_slot(place);
     c->owner[slot] = NONE;
-    set_put(&c->free, slot), core->news++;
+    set_put(&c->free, slot);
     if (pkv_place_tier(place) == PKV_TIER_POOL)
         device_of(core, place)->taken -= c->slot_bytes;
     if (!c->used && !c->retired)
@@ -152,7 +152,7 @@ void places_quiesce(struct core *core, uint64_t epoch)
         struct chunk *c = &core->chunks[pkv_place_tier(place)][pkv_place_chunk(place)];
         uint32_t slot = pkv_place_slot(place);
         assert(c->owner[slot] == RETIRED);
-        c->retired--;
+        c->retired--, core->news++;
         slot_free(core, place);
     }
 }

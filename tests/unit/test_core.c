@@ -1,4 +1,6 @@
 /* The core by hand: the life of a block, and each refusal with its own error. */
+#include "cachesvc/core/internal.h" /* whether something was news */
+
 #include "tests/unit/core.h"
 
 static void test_life_of_a_block(void **state)
@@ -73,6 +75,21 @@ static void test_full_pool_is_bounded(void **state)
     assert_true(core_next_action(core, &a));
     assert_int_equal(a.err, PKV_ERR_POOL_FULL);
     assert_int_equal(core_deadline(core), UINT64_MAX);
+}
+
+/* Who waits in vain does not make news himself: he would walk over all blocks in every turn. */
+static void test_waiting_is_no_news(void **state)
+{
+    (void)state;
+    start(2, 20); /* four slots of rows */
+    struct pkv_table *t;
+    enum pkv_err e;
+    assert_false(core_grant(core, 0, alice, 9, create(20, 0, &t), 0, 5 * PKV_BLOCK_TOKENS, &e));
+    for (uint64_t now = 0; now < 3; now++) {
+        core_quiesce(core, now, core_epoch(core));
+        assert_int_equal(core->news, core->news_tried);
+    }
+    assert_null(core_check(core));
 }
 
 static void test_full_arena(void **state)
@@ -375,6 +392,7 @@ int main(void)
         cmocka_unit_test_teardown(test_states, stop),
         cmocka_unit_test_teardown(test_what_came_back_lies_together, stop),
         cmocka_unit_test_teardown(test_full_pool_is_bounded, stop),
+        cmocka_unit_test_teardown(test_waiting_is_no_news, stop),
         cmocka_unit_test_teardown(test_full_arena, stop),
         cmocka_unit_test_teardown(test_refusals, stop),
         cmocka_unit_test_teardown(test_death_of_a_worker, stop),
