@@ -9,6 +9,17 @@ static void set_state(struct core *core, struct block *b, enum block_state state
     core->by_state[b->state]--;
     core->by_state[state]++;
     b->state = (uint8_t)state;
+    scrub_mark(core, (uint32_t)(b - core->blocks));
+}
+
+static bool set_grow(struct set *s, uint32_t before, uint32_t room)
+{
+    uint64_t *words = realloc(s->word, room / 64 * sizeof(*words));
+    if (!words)
+        return false;
+    memset(words + before / 64, 0, (room - before) / 64 * sizeof(*words));
+    s->word = words;
+    return true;
 }
 
 static bool blocks_grow(struct core *core)
@@ -16,11 +27,9 @@ static bool blocks_grow(struct core *core)
     uint32_t room = core->block_room ? core->block_room * 2 : 1024;
     struct block *more = realloc(core->blocks, room * sizeof(*more));
     core->blocks = more ? more : core->blocks;
-    uint64_t *words = more ? realloc(core->block_free.word, room / 64 * sizeof(*words)) : NULL;
-    if (!words)
+    if (!more || !set_grow(&core->block_free, core->block_room, room) || !set_grow(&core->to_look, core->block_room, room))
         return false;
-    memset(words + core->block_room / 64, 0, (room - core->block_room) / 64 * sizeof(*words));
-    core->block_free.word = words, core->block_room = room;
+    core->block_room = room;
     return true;
 }
 
@@ -134,6 +143,7 @@ void block_retire(struct core *core, uint32_t id)
     bool dying = b->going_home || b->pins || b->fills;
     core->dying += dying - b->dying;
     b->dying = dying;
+    scrub_mark(core, id);
     if (dying)
         return;
     if (b->state == BLOCK_HOME && b->rows)
@@ -169,6 +179,7 @@ void block_look(struct core *core, uint32_t id)
     struct block *b = &core->blocks[id];
     assert(b->state == BLOCK_HOME && !b->dying);
     b->looked_at = true, b->pins++; /* it stays where it is */
+    scrub_mark(core, id);
     core_emit(core, &(struct core_action){
                         .kind = CORE_CHECK, .copy = id * COPY_KINDS + COPY_NONE, .from = b->home, .bytes = b->row_bytes});
 }
@@ -194,6 +205,7 @@ static void failed(struct core *core, uint32_t id)
         return;
     }
     b->damaged = true;
+    scrub_mark(core, id);
     core->health.blocks_damaged++;
     for (uint32_t i = 0; i < core->seq_end; i++)
         if (seq_holds(core, i, id))
@@ -204,6 +216,7 @@ static void looked(struct core *core, uint32_t id, bool ok, uint64_t checksum)
 {
     struct block *b = &core->blocks[id];
     b->looked_at = false;
+    scrub_mark(core, id);
     core->health.blocks_checked += ok;
     if (ok && checksum != b->checksum)
         failed(core, id);
@@ -238,9 +251,10 @@ static void copied_home(struct core *core, uint32_t id, bool ok, uint64_t checks
 void block_unpin(struct core *core, uint32_t id)
 {
     assert(core->blocks[id].pins);
-    core->news++;
     if (--core->blocks[id].pins == 0 && core->blocks[id].dying)
         block_retire(core, id);
+    else
+        core->news += block_can_leave(core, id);
 }
 
 void block_fill(struct core *core, uint32_t id, uint32_t source)
@@ -285,7 +299,7 @@ static void copied_tail(struct core *core, uint32_t id, bool rows, bool ok, uint
 void core_copied(struct core *core, uint32_t copy, bool ok, uint64_t checksum)
 {
     assert(copy / COPY_KINDS < core->block_count);
-    core->news++;
+    core->news += copy % COPY_KINDS != COPY_NONE; /* a look is none, unless what it held can leave now */
     switch (copy % COPY_KINDS) {
     case COPY_HOME:
         copied_home(core, copy / COPY_KINDS, ok, checksum);

@@ -31,7 +31,7 @@ void core_destroy(struct core *core)
         if (core->seqs[i].live)
             seq_free(core, i);
     places_destroy(core);
-    free(core->blocks), free(core->block_free.word), free(core->actions), free(core);
+    free(core->blocks), free(core->block_free.word), free(core->to_look.word), free(core->actions), free(core);
 }
 
 void core_emit(struct core *core, const struct core_action *action)

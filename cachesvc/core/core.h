@@ -104,7 +104,7 @@ enum pkv_err core_seal(struct core *core, uint64_t now_ns, uint32_t worker, uint
 /* A copy is finished; `checksum` of what lies in the arena now: where it came from, or went to. */
 void core_copied(struct core *core, uint32_t copy, bool ok, uint64_t checksum);
 
-/* The next block at home is to be looked at: a CHECK action of *ret_bytes. False: there is none, or not so soon. */
+/* The next block at home is to be looked at: a CHECK action of *ret_bytes. False: there is none. */
 bool core_scrub(struct core *core, uint64_t *ret_bytes);
 
 /* One layer of a sequence as its holder may read it; valid until the next call of the core. */

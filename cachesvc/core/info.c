@@ -231,8 +231,8 @@ const char *core_check(const struct core *core)
     for (uint32_t i = 0; i < PKV_SEQS_MAX && !wrong && i < core->seq_end; i++)
         if (core->seqs[i].live)
             wrong = check_seq(core, i, seen);
-    if (!wrong)
-        wrong = check_blocks(core, seen);
+    wrong = wrong ? wrong : check_blocks(core, seen);
+    wrong = wrong ? wrong : scrub_check(core);
     free(seen);
     for (uint32_t i = 0; i < core->waiting_count && !wrong; i++)
         if (!core->workers[core->waiting[i].worker].live)

@@ -115,6 +115,8 @@ struct core {
     struct block *blocks;
     uint32_t block_count, block_room, clock_hand, scrub_hand;
     struct set block_free;
+    struct set to_look; /* blocks at home that can be looked at; its `first` means nothing */
+    uint32_t to_look_count;
     uint32_t by_state[BLOCK_STATES], dying;
     uint32_t home_in_pool; /* blocks at home that have rows in the pool: only they can leave it */
     struct seq seqs[PKV_SEQS_MAX];
@@ -172,6 +174,10 @@ void block_go_home(struct core *core, uint32_t block);
 void block_look(struct core *core, uint32_t block);
 
 /* scrub.c */
+/* Whether a block is to be looked at may have changed. */
+void scrub_mark(struct core *core, uint32_t block);
+/* For core_check: the sentence of what is wrong with the marks, or NULL. */
+const char *scrub_check(const struct core *core);
 /* A damaged block joins or leaves a sequence. */
 void seq_damage(struct seq *seq, bool joins);
 
@@ -187,6 +193,8 @@ void homing_turn(struct core *core, uint64_t now_ns);
 uint64_t homing_deadline(const struct core *core);
 
 /* residency.c: policy chooses, mechanism drops. */
+/* Whether its copy in the pool may be dropped. */
+bool block_can_leave(const struct core *core, uint32_t block);
 void make_room(struct core *core, const struct place_kind *kind);
 
 /* seqs.c */

@@ -10,7 +10,7 @@ static bool pinned_by(const struct seq *s, const struct block *b)
     return b->index < PKV_PIN_FIRST_BLOCKS || b->index + PKV_PIN_LAST_BLOCKS >= s->granted[b->layer];
 }
 
-static bool droppable(const struct core *core, uint32_t id)
+bool block_can_leave(const struct core *core, uint32_t id)
 {
     const struct block *b = &core->blocks[id];
     if (b->state != BLOCK_HOME || !b->rows || b->pins || b->dying || pinned_by(&core->seqs[b->seq], b))
@@ -27,7 +27,7 @@ static uint32_t choose_block(struct core *core, const struct place_kind *k)
         uint32_t id = core->clock_hand++ % core->block_count;
         const struct block *b = &core->blocks[id];
         if (b->row_bytes == k->slot_bytes && b->tenant == k->tenant && core->seqs[b->seq].device == k->device &&
-            droppable(core, id))
+            block_can_leave(core, id))
             return id;
     }
     return NONE;
@@ -41,7 +41,7 @@ static uint32_t choose_chunk(const struct core *core, uint32_t device)
         bool all = c->tenant != NONE && c->used;
         for (uint32_t s = 0; all && s < c->slots; s++)
             all = c->owner[s] >= RETIRED ||
-                  (core->blocks[c->owner[s]].row_bytes == c->slot_bytes && droppable(core, c->owner[s]));
+                  (core->blocks[c->owner[s]].row_bytes == c->slot_bytes && block_can_leave(core, c->owner[s]));
         if (all && (best == NONE || c->used > core->chunks[PKV_TIER_POOL][best].used))
             best = i;
     }

@@ -1,4 +1,6 @@
 /* Checksums that are looked at again, by hand: what is mended, what is damaged, and who is told. */
+#include "cachesvc/core/internal.h" /* whether something was news */
+
 #include "tests/unit/core.h"
 
 enum { GOOD = 1, BAD = 2 }; /* checksums; copies home by copy_all() have GOOD */
@@ -266,6 +268,79 @@ static void test_freed_while_looked_at(void **state)
     assert_null(core_check(core));
 }
 
+/* However many blocks are not at home: a look costs no walk over them, for the loop asks in every turn. */
+static void test_few_at_home_among_many(void **state)
+{
+    (void)state;
+    start(1400, 1400);
+    struct pkv_table *t, *many;
+    uint32_t copy;
+    assert_int_equal(grant(create(5000, 0, &many), 0, 5000), PKV_ERR_OK);
+    uint64_t h = text(1, &t), bytes;
+    for (uint32_t i = 0; i < 5; i++) {
+        uint64_t place = look(&copy);
+        core_copied(core, copy, true, GOOD);
+        assert_true(look(&copy) != place); /* one a layer, in turn */
+        core_copied(core, copy, true, GOOD);
+    }
+    assert_int_equal(core_seq_destroy(core, alice, h), PKV_ERR_OK);
+    assert_false(core_scrub(core, &bytes));
+}
+
+/* A full pool of which nothing can leave: sinks and recent blocks alone. A look's end is no news to who waits, for he would
+ * walk over all blocks, and there are hundreds of looks a second. */
+static void test_a_look_is_no_news(void **state)
+{
+    (void)state;
+    start(5, 20); /* 16 slots of rows */
+    struct pkv_table *t;
+    enum pkv_err e;
+    uint32_t copy;
+    for (int i = 0; i < 3; i++) {
+        uint64_t h = create(20, 0, &t);
+        assert_int_equal(grant(h, 0, 5), PKV_ERR_OK);
+        assert_int_equal(core_seal(core, 0, alice, h, 0, 0, 5), PKV_ERR_OK);
+    }
+    assert_int_equal(copy_all(true), 15);
+    assert_false(core_grant(core, 0, alice, 7, create(20, 0, &t), 0, 2 * PKV_BLOCK_TOKENS, &e));
+    core_quiesce(core, 1, core_epoch(core));
+    assert_int_equal(core->news, core->news_tried);
+    for (int i = 0; i < 15; i++) {
+        look(&copy);
+        core_copied(core, copy, true, GOOD);
+        assert_int_equal(core->news, core->news_tried);
+    }
+}
+
+/* A block that could leave stays while it is looked at; who waits for its place gets it afterwards. */
+static void test_who_waits_for_a_look(void **state)
+{
+    (void)state;
+    start(5, 20); /* 16 slots of rows */
+    struct pkv_table *t, *other;
+    struct core_action a;
+    enum pkv_err e;
+    uint32_t copies[6];
+    uint64_t h = create(20, 0, &t);
+    assert_int_equal(grant(h, 0, 6), PKV_ERR_OK);
+    assert_int_equal(core_seal(core, 0, alice, h, 0, 0, 6), PKV_ERR_OK);
+    assert_int_equal(copy_all(true), 6);
+    assert_int_equal(grant(create(20, 0, &other), 0, 10), PKV_ERR_OK);
+    for (uint32_t i = 0; i < 6; i++)
+        look(&copies[i]);
+    assert_false(core_grant(core, 0, alice, 7, create(20, 0, &other), 0, PKV_BLOCK_TOKENS, &e));
+    core_quiesce(core, 1, core_epoch(core));
+    assert_int_equal(pkv_place_tier(rows_of(t, 2)), PKV_TIER_POOL);
+    for (uint32_t i = 0; i < 6; i++)
+        core_copied(core, copies[i], true, GOOD);
+    core_quiesce(core, 2, core_epoch(core));
+    assert_int_equal(pkv_place_tier(rows_of(t, 2)), PKV_TIER_ARENA);
+    core_quiesce(core, 3, core_epoch(core));
+    assert_true(core_next_action(core, &a));
+    assert_true(a.kind == CORE_COMPLETE && a.tag == 7 && a.err == PKV_ERR_OK);
+    assert_null(core_check(core));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -276,6 +351,9 @@ int main(void)
         cmocka_unit_test_teardown(test_shared_damage, stop),
         cmocka_unit_test_teardown(test_tail_from_home, stop),
         cmocka_unit_test_teardown(test_freed_while_looked_at, stop),
+        cmocka_unit_test_teardown(test_few_at_home_among_many, stop),
+        cmocka_unit_test_teardown(test_a_look_is_no_news, stop),
+        cmocka_unit_test_teardown(test_who_waits_for_a_look, stop),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
