@@ -107,11 +107,14 @@ void block_install(struct core *core, uint32_t seq, uint32_t id)
         seq_damage(s, true);
 }
 
-static uint32_t another_holder(const struct core *core, uint32_t id)
+/* From the one that was found last: all blocks of a fork that goes are its parent's. */
+static uint32_t another_holder(struct core *core, uint32_t id)
 {
-    for (uint32_t i = 0; i < core->seq_end; i++)
+    for (uint32_t n = 0, i = core->heir; n < core->seq_end; n++, i++) {
+        i = i < core->seq_end ? i : 0;
         if (seq_holds(core, i, id))
-            return i;
+            return core->heir = i;
+    }
     return NONE;
 }
 

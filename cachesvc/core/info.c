@@ -101,6 +101,8 @@ static const char *check_block(const struct core *core, uint32_t id, uint32_t se
         return "a block is damaged that could be mended";
     if (b->holders != seen)
         return "a block's holders are not counted right";
+    if (b->holders && !seq_holds(core, b->seq, id))
+        return "a block names a holder that does not hold it";
     if (!b->holders && !b->dying && !b->fills) {
         const struct seq *s = &core->seqs[b->seq]; /* filled, and waits for the other tails of its operation */
         if (!s->live || s->cow.kind == COW_NONE || s->cow.target[b->layer] != id)

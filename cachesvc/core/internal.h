@@ -121,6 +121,7 @@ struct core {
     uint32_t home_in_pool; /* blocks at home that have rows in the pool: only they can leave it */
     struct seq seqs[PKV_SEQS_MAX];
     uint32_t seq_end;     /* no live sequence from here on */
+    uint32_t heir;        /* who took over a shared block last */
     uint32_t device_next; /* of a worker without one */
     struct worker workers[PKV_WORKERS_MAX];
     char tenants[PKV_TENANTS_MAX][PKV_NAME_BYTES];
