@@ -96,13 +96,13 @@ static void done(struct mover_job *job)
 void served_submit(struct served *s)
 {
     struct daemon *d = s->worker->daemon;
-    daemon_act(d); /* the chunk of a place that this turn granted may be another tenant's until then */
+    s->epoch = core_epoch(d->core); /* of its places: what is retired from here on waits for it */
+    daemon_act(d);                  /* the chunk of a place that this turn granted may be another tenant's until then */
     if (loss_happened(&d->loss)) {
         served_refuse(s, PKV_ERR_GPU_LOST);
         return;
     }
     s->job.run = run, s->job.done = done;
-    s->epoch = core_epoch(d->core);
     s->worker->served = s;
     d->serving++;
     mover_submit(&d->served, &s->job);
