@@ -39,6 +39,8 @@ template <typename T, uint32_t DIM> struct matrix_shared {
     uint32_t used; /* outputs, up to the last that has bits */
 };
 
+static_assert(sizeof(struct matrix_shared<float, 128>) <= 99u << 10, "the least that a thread block has from sm_80 on");
+
 /* The addresses of the block's tokens, a thread each. */
 template <typename T, uint32_t DIM>
 static __device__ __forceinline__ void tokens_find(const struct cuda_append &a, const struct cuda_seq &seq, uint32_t i,
