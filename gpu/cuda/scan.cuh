@@ -226,6 +226,21 @@ template <uint32_t COPIES> static __device__ __forceinline__ struct halves halve
     return {{fragments_load<COPIES>(first, second), fragments_load<COPIES>(first + apart, second + apart)}};
 }
 
+/* The same with one load of both halves and moves, for whoever waits for shared memory; no lane is turned. */
+template <uint32_t COPIES> static __device__ __forceinline__ struct halves halves_wide(uint32_t at, uint32_t words)
+{
+    uint32_t lane = threadIdx.x % WARP;
+    uint32_t word = min(COPIES == 4 ? lane % 2 : lane % 4, words - 1);
+    struct halves h;
+    static_assert(COPIES > 1, "a word a lane");
+#pragma unroll
+    for (uint32_t i = 0; i < 2; i++) {
+        uint4 v = load_shared(at + (lane / 4 * words + word) * 16 + i * 8 * words * 16);
+        h.of[i] = {{{v.x, v.y, v.x, v.y}, {v.z, v.w, v.z, v.w}}};
+    }
+    return h;
+}
+
 /* The rule `softmax`. */
 template <uint32_t SETS, uint32_t COPIES, uint32_t TURNS = 0, typename F>
 static __device__ __forceinline__ void scan_softmax(struct stream &s, const struct planes<SETS, COPIES> &p,

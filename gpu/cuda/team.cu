@@ -136,6 +136,7 @@ static __device__ __forceinline__ void merge_blocks(const struct cuda_attend &a,
         bool there = x >> shift < share;
         uint32_t i = t.part * share + (there ? x >> shift : 0), blocks = t.size / lanes;
         struct word w[EACH];
+        look_at_words<EACH>(t, words + from * t.group * DIM + i, lanes * t.group * DIM, blocks, w);
         take_words<EACH>(t, words + from * t.group * DIM + i, lanes * t.group * DIM, blocks, w);
         float most = NOTHING, out = 0, sum = 0;
 #pragma unroll
@@ -209,20 +210,25 @@ static __device__ __forceinline__ void select_prepare(const struct team_call &ca
                                                       struct sign_query<DIM> &sign)
 {
     struct weigh_shared<HEADS> *w = (struct weigh_shared<HEADS> *)((unsigned char *)m + call.at.front);
-    if (weighs_signs(call.a, t)) {
+    if (weighs_signs(call, t)) {
         sign_turn<DIM>(call, sign);
         sign_quantize<DIM>(call, t, w, sign);
     }
     places_find(call, t, m, span, ends_of(span), l.cached);
 }
 
-/* Turns [from, to) into their places in the ring, to <= depth + 1. They are less than 32 blocks: their addresses are known. */
+/* Turns [from, to) into their places in the ring, to <= depth + 1; a group each, also of what is beyond the warp's blocks. They
+ * are less than 32 blocks: their addresses are known. */
 template <uint32_t COPIES> static __device__ __forceinline__ void stream_turns(struct stream &s, uint32_t from, uint32_t to)
 {
     auto none = [](uint32_t) -> uint64_t { return 0; };
+    uint32_t turn = from;
 #pragma unroll 1
-    for (uint32_t turn = from; turn < to; turn++)
+    for (; turn < to && turn * 2 < s.count; turn++)
         stream_fill<COPIES>(s, turn * 2, s.memory + (turn == s.depth ? 0 : turn * 2 * s.size), threadIdx.x % WARP, none);
+#pragma unroll 1
+    for (; turn < to; turn++)
+        asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
 /* The scores of the warp's first turn are made while the biases are on their way. */
@@ -230,21 +236,30 @@ template <uint32_t SETS> struct first_turn {
     struct scores<SETS> of[4]; /* two blocks */
 };
 
-/* `early` turns have been asked for. */
-template <uint32_t SETS, uint32_t COPIES>
-static __device__ __forceinline__ void first_scores(const struct stream &s, const struct planes<SETS, COPIES> &p,
-                                                    uint32_t words, uint32_t early, struct first_turn<SETS> &x)
+/* `asked` turns, a power of two, are on their way: until the first is there. */
+static __device__ __forceinline__ void first_wait(uint32_t asked)
 {
-    if (early == 2)
+    if (asked == 8)
+        asm volatile("cp.async.wait_group 7;" ::: "memory");
+    else if (asked == 4)
+        asm volatile("cp.async.wait_group 3;" ::: "memory");
+    else if (asked == 2)
         asm volatile("cp.async.wait_group 1;" ::: "memory");
     else
         asm volatile("cp.async.wait_group 0;" ::: "memory");
     __syncwarp();
+}
+
+template <uint32_t SETS, uint32_t COPIES>
+static __device__ __forceinline__ void first_scores(const struct stream &s, const struct planes<SETS, COPIES> &p,
+                                                    uint32_t words, struct first_turn<SETS> &x)
+{
 #pragma unroll
     for (uint32_t n = 0; n < 2; n++) {
-        struct halves h = halves_load<COPIES>(s.memory + n * s.size, words);
+        struct halves h = halves_wide<COPIES>(s.memory + n * s.size, words);
         x.of[2 * n] = scores_of(h.of[0], p), x.of[2 * n + 1] = scores_of(h.of[1], p);
     }
+    __syncwarp(); /* the turn's place is filled again */
 }
 
 template <uint32_t SETS, uint32_t COPIES>
@@ -256,8 +271,7 @@ static __device__ __forceinline__ void first_codes(const struct stream &s, const
 #pragma unroll
     for (uint32_t n = 0; n < 4; n++, at += n % 2 ? 32 : BLOCK_STRIDE - 32)
         if (n / 2 < s.count)
-            code_put(code_of(x.of[n], p, lane_turned<COPIES>(lane)), s.begin * PKV_BLOCK_TOKENS + at, span.first, span.last,
-                     codes + at, counts, 0);
+            code_put(code_of(x.of[n], p, lane), s.begin * PKV_BLOCK_TOKENS + at, span.first, span.last, codes + at, counts, 0);
 }
 
 /* The stream of the part's signatures through `rings`: its first addresses are known. */
@@ -271,46 +285,52 @@ static __device__ __forceinline__ struct stream part_stream(const struct team_ca
     return s;
 }
 
-/* From the queries' weights to the part's codes and their counts. Returns how many of the block's ends are there meanwhile. */
+/* From the queries' weights to the part's codes and their counts; the first ends' keys are on their way. Returns how many of
+ * the ends that the block attends are there meanwhile. */
 template <typename T, uint32_t DIM, uint32_t SETS, uint32_t COPIES, typename F>
 static __device__ __forceinline__ uint32_t codes_find(const struct team_call &call, const struct team &t, struct team_shared *m,
-                                                      const struct span &span, struct stream &s, uint16_t *codes,
-                                                      const F &addresses)
+                                                      const struct span &span, const struct ends &e, struct end_keys<DIM> &keys,
+                                                      struct stream &s, uint16_t *codes, const F &addresses)
 {
     struct weigh_shared<HEADS> *w = (struct weigh_shared<HEADS> *)((unsigned char *)m + call.at.front);
-    struct ends e = ends_of(span);
     struct fitted f = fitted_of(e);
-    struct end_keys<DIM> keys;
-    ends_begin<T, DIM>(call, t, m, e, own_tile(t) * TILE_ROWS, keys);
     uint32_t word = min(t.warp / (SETS * 4), call.words - 1);
     uint4 bits[2];
 #pragma unroll
     for (uint32_t i = 0; i < 2; i++)
         bits[i] = fitted_load(f, t.lane + i * WARP, m->fitted[(f.first % 16 + t.lane + i * WARP) / 16], call.words, word);
-    uint32_t early = max(s.depth / 4, 1u); /* turns; the words of the biases would wait behind the rest */
-    stream_turns<COPIES>(s, 0, early);
+    /* Turns that are asked for at once, of a full ring a part: the words of the biases would wait behind the rest. */
+    constexpr uint32_t EARLY = COPIES == 4 ? 2 : 1;
+    uint32_t asked = EARLY, there = 0;
+    stream_turns<COPIES>(s, 0, EARLY);
     ends_share<T, DIM>(call, t, m, e, keys);
     others_weigh<T, DIM>(call, t, w);
     words_take<SETS, COPIES>(call, t, m, w, f, bits);
+    struct shares_seen<SETS> seen;
+    if (t.warp == 0)
+        shares_look<SETS>(t, e, seen);
     __syncthreads();
     struct planes<SETS, COPIES> p;
     struct first_turn<SETS> first;
-    planes_digits(p, m->digits, t.group, call.words, t.lane);
-    uint32_t there = 0;
-    /* The first warp joins the biases, and has its scores after the others. */
+    /* The first warp joins the biases, and has its scores after the others. Those of wide signatures ask for one more turn. */
 #pragma unroll 1
     for (bool joined = false;; joined = true) {
-        if (joined == (t.warp == 0))
-            first_scores(s, p, call.words, early, first);
+        if (joined == (t.warp == 0)) {
+            if (s.count > 2 && (joined || COPIES == 2))
+                stream_turns<COPIES>(s, EARLY, asked = joined ? s.depth : EARLY + 1);
+            planes_digits(p, m->digits, t.group, call.words, t.lane);
+            first_wait(asked);
+            first_scores(s, p, call.words, first);
+            there = ends_fetch<T, DIM>(call, t, m, e);
+        }
         if (joined)
             break;
-        there = ends_fetch<T, DIM>(call, t, m, e);
         if (t.warp == 0)
-            biases_join<SETS>(call, t, m, w, e);
+            biases_join<SETS>(call, t, m, w, e, seen);
         __syncthreads();
     }
     if (s.count > 2)
-        stream_turns<COPIES>(s, early, s.depth + 1);
+        stream_turns<COPIES>(s, asked, s.depth + 1);
     planes_biases(p, m->scale, m->bias, t.group, t.lane);
     first_codes(s, p, span, first, codes, m->counts);
     scan_softmax<SETS, COPIES, 1>(s, p, span, call.words, codes, m->counts, addresses);
@@ -328,13 +348,16 @@ static __device__ __forceinline__ uint32_t select_rows(const struct team_call &c
     uint16_t *codes = (uint16_t *)((unsigned char *)m + call.at.front);
     struct choose_memory *c = (struct choose_memory *)((unsigned char *)m + call.at.rings);
     uint64_t *places = (uint64_t *)((unsigned char *)m + call.at.places);
+    struct ends e = ends_of(span);
+    struct end_keys<DIM> keys;
+    ends_begin<T, DIM>(call, t, m, e, own_tile(t) * TILE_ROWS, keys);
     struct stream s = part_stream(call, t, m, span, c);
     auto addresses = [&](uint32_t i) { return stream_address(call, t, s, places, l.cached, i); };
     s.next = s.count > WARP ? addresses(WARP) : 0;
     if (call.words <= 2)
-        own->there = codes_find<T, DIM, SETS, 4>(call, t, m, span, s, codes, addresses);
+        own->there = codes_find<T, DIM, SETS, 4>(call, t, m, span, e, keys, s, codes, addresses);
     else
-        own->there = codes_find<T, DIM, SETS, 2>(call, t, m, span, s, codes, addresses);
+        own->there = codes_find<T, DIM, SETS, 2>(call, t, m, span, e, keys, s, codes, addresses);
     return choose<false>(call, t, m, c, r, span, l, s, codes, 0, own);
 }
 
@@ -371,7 +394,7 @@ __global__ void __launch_bounds__(THREADS, 1) team_kernel(const __grid_constant_
     struct team_rows *r = (struct team_rows *)(shared + call.at.rows);
     struct team t = team_of_block(call, KIND == TEAM_PLAIN);
     struct sign_query<DIM> sign;
-    if (weighs_signs(a, t))
+    if (weighs_signs(call, t))
         sign_load<DIM>(call, t, sign);
     ((uint4 *)m->counts)[threadIdx.x] = make_uint4(0, 0, 0, 0);
     if (threadIdx.x < 8)
@@ -384,7 +407,7 @@ __global__ void __launch_bounds__(THREADS, 1) team_kernel(const __grid_constant_
     wait_for_former();
     struct cuda_seq seq = a.seqs[where.seq];
     team_join(t);
-    if (weighs_signs(a, t))
+    if (weighs_signs(call, t))
         sign_query_load<T, DIM>(a, t, sign);
     queries_take<T, DIM>(a, t, m);
     struct span span = span_in(a, seq.tokens, where.back);
@@ -530,6 +553,7 @@ extern "C" int cuda_team_launch(const struct cuda_attend *a, void *stream)
                              .most = rows_most(a),
                              .each = (uint32_t)cuda_words(a),
                              .unit = sign_unit(a),
+                             .bases = !a->weighed && a->scheme.kind == PKV_SCHEME_SIGN ? a->scheme.bases : 0,
                              .a = *a};
     return launch(kernel_of(g->dtype, g->head_dim, group, kind_of(a)), dim3(a->team, g->kv_heads, a->queries), THREADS,
                   call.at.bytes, call, stream, true, true);

@@ -97,22 +97,31 @@ static __device__ __forceinline__ struct word take_word(const struct team &t, co
     return w;
 }
 
-/* `count` words of at most MOST, `stride` apart; the others become zero. One look is for all of them: a look at each in turn
- * would wait for L2 as often. The warp is together again. */
+/* A look at `count` words of at most MOST, `stride` apart; the others become zero. */
+template <uint32_t MOST>
+static __device__ __forceinline__ void look_at_words(const struct team &t, const struct word *from, uint32_t stride,
+                                                     uint32_t count, struct word (&w)[MOST])
+{
+#pragma unroll
+    for (uint32_t i = 0; i < MOST; i++)
+        w[i] = i < count ? look_at_word(from + i * stride) : word{0, 0, 0, t.epoch};
+}
+
+/* They have been looked at: again, until all of them are there. One look is for all: at each in turn would wait for L2 as
+ * often. The warp is together again. */
 template <uint32_t MOST>
 static __device__ __forceinline__ void take_words(const struct team &t, const struct word *from, uint32_t stride,
                                                   uint32_t count, struct word (&w)[MOST])
 {
-    bool all;
-    do {
-        all = true;
-#pragma unroll
-        for (uint32_t i = 0; i < MOST; i++)
-            w[i] = i < count ? look_at_word(from + i * stride) : word{0, 0, 0, t.epoch};
+    while (true) {
+        bool all = true;
 #pragma unroll
         for (uint32_t i = 0; i < MOST; i++)
             all = all && w[i].epoch == t.epoch;
-    } while (!all);
+        if (all)
+            break;
+        look_at_words(t, from, stride, count, w);
+    }
     __syncwarp();
 }
 

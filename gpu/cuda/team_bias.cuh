@@ -264,20 +264,46 @@ static __device__ __forceinline__ void words_take(const struct team_call &call, 
 
 /* ---- all shares into biases; one warp calls it ---- */
 
-template <uint32_t SETS>
-static __device__ __forceinline__ void biases_join(const struct team_call &call, const struct team &t, struct team_shared *m,
-                                                   const struct weigh_shared<HEADS> *w, const struct ends &e)
+/* A lane's first two shares, as they are when it looks for the first time: before the warp needs them. */
+template <uint32_t SETS> struct shares_seen {
+    struct word of[SETS][2];
+};
+
+/* Head set x 4 + lane % 4: shares of tiles i and i + 8 of this lane that there are. */
+static __device__ __forceinline__ uint32_t shares_left(const struct team &t, const struct ends &e, uint32_t set, uint32_t i)
 {
     uint32_t shares = min((e.count + TILE_ROWS - 1) / TILE_ROWS, SCORERS << t.shift);
+    return i < shares && set * 4 + t.lane % 4 < t.group ? (shares - i + 7) / 8 : 0;
+}
+static __device__ __forceinline__ const struct word *shares_at(const struct team &t, uint32_t set, uint32_t i)
+{
+    return bias_words(t) + i * HEADS + set * 4 + t.lane % 4;
+}
+
+template <uint32_t SETS>
+static __device__ __forceinline__ void shares_look(const struct team &t, const struct ends &e, struct shares_seen<SETS> &seen)
+{
+#pragma unroll
+    for (uint32_t set = 0; set < SETS; set++)
+        look_at_words<2>(t, shares_at(t, set, t.lane / 4), 8 * HEADS, shares_left(t, e, set, t.lane / 4), seen.of[set]);
+}
+
+template <uint32_t SETS>
+static __device__ __forceinline__ void biases_join(const struct team_call &call, const struct team &t, struct team_shared *m,
+                                                   const struct weigh_shared<HEADS> *w, const struct ends &e,
+                                                   struct shares_seen<SETS> &seen)
+{
 #pragma unroll
     for (uint32_t set = 0; set < SETS; set++) {
         uint32_t h = set * 4 + t.lane % 4;
         struct team_shared::share r = {NOTHING, 0, 0};
 #pragma unroll 1
-        for (uint32_t i = t.lane / 4; i - t.lane / 4 < shares; i += 16) {
-            uint32_t left = i < shares && h < t.group ? (shares - i + 7) / 8 : 0;
-            struct word x[2];
-            take_words<2>(t, bias_words(t) + i * HEADS + h, 8 * HEADS, left, x);
+        for (uint32_t i = t.lane / 4; (i - t.lane / 4) * TILE_ROWS < e.count && i < SCORERS << t.shift; i += 16) {
+            uint32_t left = shares_left(t, e, set, i);
+            struct word(&x)[2] = seen.of[set];
+            if (i >= 16)
+                look_at_words<2>(t, shares_at(t, set, i), 8 * HEADS, left, x);
+            take_words<2>(t, shares_at(t, set, i), 8 * HEADS, left, x);
 #pragma unroll
             for (uint32_t j = 0; j < 2; j++)
                 if (j < left) {

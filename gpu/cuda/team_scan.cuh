@@ -62,6 +62,7 @@ struct team_call {
     uint32_t most;                                  /* rows beside the ends that a block attends at most */
     uint32_t each;                                  /* words of a list, of 16 bytes */
     float unit;                                     /* of the weights of `sign` */
+    uint32_t bases;                                 /* of `sign`; 0: the weights are others, or given */
     struct cuda_attend a;
 };
 

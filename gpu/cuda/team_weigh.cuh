@@ -18,13 +18,9 @@ static __device__ __forceinline__ uint32_t weighed_head(const struct team &t)
 {
     return t.warp + t.group - WARPS;
 }
-static __device__ __forceinline__ bool signs_weigh(const struct cuda_attend &a)
+static __device__ __forceinline__ bool weighs_signs(const struct team_call &call, const struct team &t)
 {
-    return !a.weighed && a.scheme.kind == PKV_SCHEME_SIGN;
-}
-static __device__ __forceinline__ bool weighs_signs(const struct cuda_attend &a, const struct team &t)
-{
-    return signs_weigh(a) && weighed_head(t) < t.group;
+    return call.bases && weighed_head(t) < t.group;
 }
 
 /* What does not change as long as the scheme is used. */
@@ -34,7 +30,7 @@ static __device__ __forceinline__ void sign_load(const struct team_call &call, c
     const float *deviation = call.deviation + t.head * call.words * WARP;
 #pragma unroll
     for (uint32_t b = 0; b < s.BASES; b++)
-        if (b == 0 || b < call.a.scheme.bases)
+        if (b == 0 || b < call.bases)
             rotation_load(s.turn[b], call.signs + 2ull * b * DIM, t.lane);
 #pragma unroll
     for (uint32_t i = 0; i < TEAM_SIG_WORDS; i++)
@@ -57,7 +53,7 @@ static __device__ __forceinline__ void sign_turn(const struct team_call &call, s
 {
 #pragma unroll
     for (uint32_t b = s.BASES; b-- > 0;)
-        if (b == 0 || b < call.a.scheme.bases) {
+        if (b == 0 || b < call.bases) {
             float x[s.PER];
 #pragma unroll
             for (uint32_t j = 0; j < s.PER; j++)
@@ -109,7 +105,7 @@ template <typename T, uint32_t DIM>
 static __device__ __forceinline__ void others_weigh(const struct team_call &call, const struct team &t,
                                                     struct weigh_shared<HEADS> *w)
 {
-    if (!signs_weigh(call.a))
+    if (!call.bases)
         other_weigh<T, DIM>(call.a, t.head, t.group, t.q_head, w);
 }
 
