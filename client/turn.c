@@ -8,10 +8,10 @@
  * tokens as itself, at least SLICE operations (about a millisecond of one thread); only putting in place, a copy of some bytes
  * a token, depends on the sequences' lengths. On a device a slice is a layer, signed in place: that takes microseconds.
  *
- * Failures: a sequence is gone: the others go on without it, and its own calls say so; a batch's step is open or in flight: the
- * layer waits, and the batch's next begin says BATCH_STALE; a call fails in between: the next one goes on where it stopped;
- * this worker dies: tables still say 0, and whoever writes such a sequence next signs all of it again. Owner: the connection's
- * thread. */
+ * Failures: a sequence is gone, or damaged: the others go on without it, and its own calls say so, which sign all of it once
+ * what is damaged has been cut off; a batch's step is open or in flight: the layer waits, and the batch's next begin says
+ * BATCH_STALE; a call fails in between: the next one goes on where it stopped; this worker dies: tables still say 0, and
+ * whoever writes such a sequence next signs all of it again. Owner: the connection's thread. */
 #include "client/internal.h"
 
 #define SLICE (16u << 20) /* multiplications of a call's slice, at least */
@@ -75,6 +75,14 @@ static int stage_room(struct pkv_seq *s, uint64_t tokens)
     return 0;
 }
 
+/* What becomes of a sequence that cannot turn. */
+static int left_behind(struct pkv_seq *s, int r)
+{
+    s->gone |= r == -PKV_ERR_STALE;
+    s->foreign |= r == -PKV_ERR_CHECKSUM;
+    return r == -PKV_ERR_STALE || r == -PKV_ERR_CHECKSUM ? 0 : r;
+}
+
 static int stage(struct pkv_seq *s, uint64_t *budget)
 {
     struct pkv_model *m = s->model;
@@ -83,13 +91,10 @@ static int stage(struct pkv_seq *s, uint64_t *budget)
     int r = gpu_on_device(m->kv->gpu) ? 0 : stage_room(s, s->tokens[layer]);
     if (!r && !gpu_on_device(m->kv->gpu))
         r = seq_sign_list(s, layer, m->turn.to, s->staged, tokens, s->stage + s->staged * each(m));
-    if (r == -PKV_ERR_STALE) {
-        s->gone = true;
-        return 0;
-    }
-    if (!r)
-        s->staged += tokens, *budget -= tokens;
-    return r;
+    if (r)
+        return left_behind(s, r);
+    s->staged += tokens, *budget -= tokens;
+    return 0;
 }
 
 static int put_in_place(struct pkv_seq *s)
@@ -100,8 +105,7 @@ static int put_in_place(struct pkv_seq *s)
         return 0; /* others may say by now that these blocks are of the first state; seq_settle signs so before any use */
     int r = gpu_on_device(m->kv->gpu) ? seq_sign_again(s, layer, m->turn.to)
                                       : seq_put_signatures(s, layer, (uint32_t)s->tokens[layer], s->stage);
-    s->gone = r == -PKV_ERR_STALE;
-    return s->gone ? 0 : r;
+    return left_behind(s, r);
 }
 
 /* After a failure part of them is in place, and all are put again. */

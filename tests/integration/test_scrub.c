@@ -202,13 +202,50 @@ static void test_a_batch_is_told(void **state)
     test_daemon_stop(&daemon_);
 }
 
+/* A model calibrates itself while one of its sequences is damaged: the others turn to it, and that one once it is cut. */
+static void test_others_turn_without_it(void **state)
+{
+    (void)state;
+    enum { PIECE = 256, QUERIES = 4096 };
+    start("4G");
+    struct pkv *kv = attach(&daemon_, 0);
+    struct pkv_model_desc desc = described("code");
+    struct pkv_model *model;
+    struct pkv_seq *lost, *well;
+    struct pkv_budget b = budget(100);
+    uint32_t queries = PIECE;
+    desc.signature = PKV_CODE;
+    int r = pkv_model_open(kv, &desc, &model);
+    if (r == -EOPNOTSUPP)
+        skip(); /* built without LAPACK */
+    GOOD(kv, r);
+    GOOD(kv, pkv_seq_create(model, TOKENS, 0, NULL, &lost));
+    GOOD(kv, append_all(lost, k, v, TOKENS));
+    GOOD(kv, pkv_seq_create(model, TOKENS, 0, NULL, &well));
+    GOOD(kv, append_all(well, other, v, FITS));
+    lose_for_good(kv, LOST);
+    float *many = test_floats(5, PIECE * QUERY), *out = test_floats(6, PIECE * QUERY);
+    for (int n = 0; n < QUERIES; n += PIECE)
+        for (uint32_t l = 0; l < LAYERS; l++)
+            GOOD(kv, pkv_attend(&well, &queries, 1, l, many, &b, out, NULL, NULL));
+    free(many), free(out);
+    GOOD(kv, pkv_model_settle(model));
+    assert_int_equal(stat_state(&daemon_, pkv_seq_handle(well)), 1);
+    assert_exact(kv, well, other, v, q, FITS);
+    assert_told(kv, attended(lost));
+    GOOD(kv, pkv_seq_truncate(lost, BEFORE));
+    assert_exact(kv, lost, k, v, q, BEFORE);
+    assert_int_equal(stat_state(&daemon_, pkv_seq_handle(lost)), 1);
+    pkv_close(kv);
+    test_daemon_stop(&daemon_);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_mended_from_the_pool),
-        cmocka_unit_test(test_told_without_the_pool),
-        cmocka_unit_test(test_a_tail_on_its_way),
-        cmocka_unit_test(test_a_batch_is_told),
+        cmocka_unit_test(test_mended_from_the_pool),   cmocka_unit_test(test_told_without_the_pool),
+        cmocka_unit_test(test_a_tail_on_its_way),      cmocka_unit_test(test_a_batch_is_told),
+        cmocka_unit_test(test_others_turn_without_it),
     };
     return cmocka_run_group_tests(tests, numbers, end);
 }
