@@ -8,8 +8,8 @@ struct daemon;
 
 struct scrub {
     uint64_t at_ns;
-    double credit; /* bytes; below zero after a large block */
-    uint32_t flying;
+    double credit;                      /* bytes; below zero after a large block */
+    uint32_t flying;                    /* looks under way */
     uint64_t failures, mended, damaged; /* that were told */
 };
 

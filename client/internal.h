@@ -199,7 +199,8 @@ int seq_put_signatures(struct pkv_seq *seq, uint32_t layer, uint32_t tokens, cha
 /* seq.c */
 int seq_check(const struct pkv_seq *seq, uint32_t layer);
 uint64_t seq_layer_tokens(const struct pkv_seq *seq, uint32_t layer);
-/* Copies the references of blocks [first, last) of a layer to `to` [last], every place mapped. Inside an epoch. */
+/* Copies the references of blocks [first, last) of a layer to `to` [last], every place mapped. Inside an epoch. -PKV_ERR_STALE:
+ * it is gone; -PKV_ERR_CHECKSUM: one of its blocks, perhaps another, is damaged. */
 int seq_refs(const struct pkv_seq *seq, uint32_t layer, uint32_t first, uint32_t last, struct pkv_block_ref *to);
 /* Places for blocks up to `tokens` in every layer. */
 int seq_reserve(struct pkv_seq *seq, uint64_t tokens);

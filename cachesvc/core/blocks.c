@@ -2,7 +2,7 @@
 #include "cachesvc/core/internal.h"
 
 /* A copy's id names the block that it fills, brings home or looks at, and which of these it is. */
-enum copy_kind { COPY_HOME, COPY_TAIL_ROWS, COPY_TAIL_SIGNATURES, COPY_NONE, COPY_KINDS };
+enum copy_kind { COPY_HOME, COPY_TAIL_ROWS, COPY_TAIL_SIGNATURES, COPY_LOOK, COPY_KINDS };
 
 static void set_state(struct core *core, struct block *b, enum block_state state)
 {
@@ -184,7 +184,7 @@ void block_look(struct core *core, uint32_t id)
     b->looked_at = true, b->pins++; /* it stays where it is */
     scrub_mark(core, id);
     core_emit(core, &(struct core_action){
-                        .kind = CORE_CHECK, .copy = id * COPY_KINDS + COPY_NONE, .from = b->home, .bytes = b->row_bytes});
+                        .kind = CORE_CHECK, .copy = id * COPY_KINDS + COPY_LOOK, .from = b->home, .bytes = b->row_bytes});
 }
 
 /* The rows in the pool are as they should be. */
@@ -302,12 +302,12 @@ static void copied_tail(struct core *core, uint32_t id, bool rows, bool ok, uint
 void core_copied(struct core *core, uint32_t copy, bool ok, uint64_t checksum)
 {
     assert(copy / COPY_KINDS < core->block_count);
-    core->news += copy % COPY_KINDS != COPY_NONE; /* a look is none, unless what it held can leave now */
+    core->news += copy % COPY_KINDS != COPY_LOOK; /* a look is none, unless what it held can leave now */
     switch (copy % COPY_KINDS) {
     case COPY_HOME:
         copied_home(core, copy / COPY_KINDS, ok, checksum);
         break;
-    case COPY_NONE:
+    case COPY_LOOK:
         looked(core, copy / COPY_KINDS, ok, checksum);
         break;
     default:

@@ -4,10 +4,9 @@
  *   FREE --grant--> GRANTED --seal--> SEALED --copied--> HOME (pool copy) --drop--> HOME (arena only)
  *
  * A block's home in the arena is taken at grant, so that what is sealed can always go home; its copy may give way to a
- * prefill for a while (homing.c). A fork shares sealed blocks by
- * counting references; they lie at the same layer and index in every holder. A tail block that must be written again (fork,
- * truncate) is copied. Places that are given up are retired with the epoch of that moment and reused only after core_quiesce
- * has passed it: nothing moves under a reader.
+ * prefill for a while (homing.c). A fork shares sealed blocks by counting references; they lie at the same layer and index in
+ * every holder. A tail block that must be written again (fork, truncate) is copied. Places that are given up are retired with
+ * the epoch of that moment and reused only after core_quiesce has passed it: nothing moves under a reader.
  *
  * What is at home is looked at again (scrub.c): a block that no longer has its checksum goes home once more where its rows are
  * in the pool too; else it is damaged, and so is each sequence that holds it, until it is cut off or freed.
@@ -97,8 +96,7 @@ bool core_seq_fork(struct core *core, uint64_t now_ns, uint32_t worker, uint32_t
  * stays as it is. */
 bool core_seq_truncate(struct core *core, uint64_t now_ns, uint32_t worker, uint32_t tag, uint64_t handle, uint32_t layer,
                        uint64_t tokens, enum pkv_err *ret_err);
-/* Blocks [first, first + count) of a layer are full. Their copies home follow as actions, with hold_ns perhaps after a while.
- */
+/* Blocks [first, first + count) of a layer are full. Their copies home follow as actions, perhaps after a while (hold_ns). */
 enum pkv_err core_seal(struct core *core, uint64_t now_ns, uint32_t worker, uint64_t handle, uint32_t layer, uint32_t first,
                        uint32_t count);
 /* A copy is finished; `checksum` of what lies in the arena now: where it came from, or went to. */

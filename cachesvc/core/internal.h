@@ -19,7 +19,7 @@ struct block {
     bool going_home;                 /* a copy home is in flight */
     bool dying;                      /* nobody holds it, but a copy reads or writes it */
     uint32_t holders;                /* sequences that refer to it; 1 while it is filled */
-    uint32_t pins;                   /* forks and truncates that copy it, or wait to */
+    uint32_t pins;                   /* forks and truncates that copy it, or wait to; a look */
     uint32_t source, fills;          /* a tail being copied: from which block; copies in flight into this one */
     bool filled_from_home;           /* and so has the source's checksum */
     uint32_t fill_err;               /* enum pkv_err: one of them failed */
@@ -167,8 +167,9 @@ void block_leave(struct core *core, uint32_t seq, uint32_t layer, uint32_t index
 /* Frees a block without holders, or leaves that to the copies in flight. */
 void block_retire(struct core *core, uint32_t block);
 /* Starts the two copies of a tail block; the source is pinned until they end. */
-void block_unpin(struct core *core, uint32_t block);
 void block_fill(struct core *core, uint32_t block, uint32_t source);
+/* One that needed it where it is does so no longer; the last of them frees a block without holders. */
+void block_unpin(struct core *core, uint32_t block);
 /* Starts the copy home of a sealed block. */
 void block_go_home(struct core *core, uint32_t block);
 /* Wants its checksum, as it is at home. */

@@ -1,6 +1,6 @@
 /* Who leaves the pool under pressure. Policy: a clock over the blocks of the tenant that needs room, sinks and recent blocks of
- * every holder kept; where it has none, the fullest chunk that can be emptied whole; on the device
- * that needs it. Mechanism: block_drop. */
+ * every holder kept; where it has none, the fullest chunk that can be emptied whole; on the device that needs it. Mechanism:
+ * block_drop. */
 #include "cachesvc/core/internal.h"
 
 #define DROP_AT_ONCE 16u

@@ -57,7 +57,7 @@ static inline uint64_t create(uint32_t blocks, uint32_t flags, struct pkv_table 
 
 static inline enum pkv_err grant(uint64_t handle, uint32_t layer, uint32_t blocks)
 {
-    enum pkv_err e = PKV_ERR_COUNT; /* still waiting */
+    enum pkv_err e; /* POOL_FULL, ARENA_FULL: perhaps it waits */
     core_grant(core, 0, alice, 9, handle, layer, (uint64_t)blocks * PKV_BLOCK_TOKENS, &e);
     return e;
 }
