@@ -354,6 +354,8 @@ static void event_fork(struct reader *w, struct sequence *s)
     memcpy(f->content, s->content, sizeof(f->content));
     if (core_seq_fork(core, now, w->id, f->tag, s->handle, &op, &e, &handle, &table))
         child_born(w->id, f->tag, e, handle, table);
+    if (below(8) == 0) /* what the child copies is nobody's then */
+        (void)core_seq_destroy(core, w->id, s->handle);
 }
 
 static void event_truncate(struct reader *w, struct sequence *s)
