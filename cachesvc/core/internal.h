@@ -93,6 +93,12 @@ struct seq {
     char label[24];
 };
 
+/* The last walk of a tenant's over all blocks that found none to leave the pool, and the news of that moment. */
+struct barren {
+    uint64_t news, slot_bytes; /* slot_bytes 0: none yet */
+    uint32_t device;
+};
+
 struct worker {
     bool live;
     uint32_t tenant, device; /* device NONE: any */
@@ -134,6 +140,7 @@ struct core {
     struct waiting waiting[PENDING_MAX]; /* first come first */
     uint32_t waiting_count;
     uint64_t news, news_tried; /* what may make room has happened so often; and had, when those that wait were tried last */
+    struct barren barren[PKV_TENANTS_MAX];
     struct core_action *actions;
     uint64_t action_head, action_count, action_room;
     struct core_stats totals; /* the counters since the start */

@@ -81,7 +81,9 @@ static bool coming_back(const struct core *core, const struct place_kind *k)
 
 void make_room(struct core *core, const struct place_kind *k)
 {
-    if (!core->home_in_pool || coming_back(core, k))
+    struct barren now = {core->news, k->slot_bytes, k->device}, *last = &core->barren[k->tenant];
+    bool same = last->news == now.news && last->slot_bytes == now.slot_bytes && last->device == now.device;
+    if (same || !core->home_in_pool || coming_back(core, k))
         return;
     uint32_t dropped = 0, id;
     while (dropped < DROP_AT_ONCE && (id = choose_block(core, k)) != NONE) {
@@ -89,8 +91,10 @@ void make_room(struct core *core, const struct place_kind *k)
         dropped++;
     }
     uint32_t chunk = dropped ? NONE : choose_chunk(core, k->device);
-    if (chunk == NONE)
+    if (chunk == NONE) {
+        *last = dropped ? *last : now; /* who comes next need not walk before something has happened */
         return;
+    }
     const struct chunk *c = &core->chunks[PKV_TIER_POOL][chunk];
     for (uint32_t s = 0; s < c->slots; s++)
         if (c->owner[s] < RETIRED)

@@ -92,6 +92,32 @@ static void test_waiting_is_no_news(void **state)
     assert_null(core_check(core));
 }
 
+/* Nor does one after the other look through all blocks for what the first one of them has not found. */
+static void test_found_nothing_once(void **state)
+{
+    (void)state;
+    start(3, 20); /* eight slots of rows */
+    struct pkv_table *t;
+    enum pkv_err e;
+    uint64_t h = create(20, 0, &t);
+    assert_int_equal(grant(h, 0, 5), PKV_ERR_OK);
+    assert_int_equal(core_seal(core, 0, alice, h, 0, 0, 5), PKV_ERR_OK);
+    assert_int_equal(copy_all(true), 5);
+    assert_int_equal(grant(create(20, 0, &t), 0, 3), PKV_ERR_OK); /* the pool is full; what is at home is pinned */
+    assert_false(core_grant(core, 0, alice, 1, create(20, 0, &t), 0, PKV_BLOCK_TOKENS, &e));
+    uint32_t hand = core->clock_hand;
+    for (uint32_t i = 2; i < 6; i++)
+        assert_false(core_grant(core, 0, alice, i, create(20, 0, &t), 0, PKV_BLOCK_TOKENS, &e));
+    core_quiesce(core, 1, core_epoch(core));
+    assert_int_equal(core->clock_hand, hand);
+    assert_int_equal(core_seq_destroy(core, alice, h), PKV_ERR_OK);
+    core_quiesce(core, 2, core_epoch(core));
+    struct core_action a;
+    for (uint32_t i = 1; i < 6; i++) /* five places, and who came first has his */
+        assert_true(core_next_action(core, &a) && a.tag == i && a.err == PKV_ERR_OK);
+    assert_null(core_check(core));
+}
+
 static void test_full_arena(void **state)
 {
     (void)state;
@@ -393,6 +419,7 @@ int main(void)
         cmocka_unit_test_teardown(test_what_came_back_lies_together, stop),
         cmocka_unit_test_teardown(test_full_pool_is_bounded, stop),
         cmocka_unit_test_teardown(test_waiting_is_no_news, stop),
+        cmocka_unit_test_teardown(test_found_nothing_once, stop),
         cmocka_unit_test_teardown(test_full_arena, stop),
         cmocka_unit_test_teardown(test_refusals, stop),
         cmocka_unit_test_teardown(test_death_of_a_worker, stop),
