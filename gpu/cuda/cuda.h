@@ -148,12 +148,13 @@ static inline int cuda_dense_only(const struct cuda_attend *a)
     return a->tokens_max < a->policy.dense_below || a->tokens_max <= cuda_rows_max(&a->policy);
 }
 
-/* Words of a list in work.words: of biases and counts, of rows that another block attends, of results. */
+/* Words of a list in work.words: of biases and counts, of rows that another block attends, of results, of maps' outputs. */
 #define CUDA_COUNT_WORDS 128u
+#define CUDA_MAP_WORDS   64u
 static inline PKV_HD uint64_t cuda_words(const struct cuda_attend *a)
 {
-    uint64_t outputs = (uint64_t)pkv_geom_group(&a->geom) * a->geom.head_dim;
-    return a->team ? a->team * (CUDA_COUNT_WORDS + outputs) + a->policy.k : 0;
+    uint64_t group = pkv_geom_group(&a->geom), outputs = group * a->geom.head_dim;
+    return a->team ? a->team * (CUDA_COUNT_WORDS + outputs) + a->policy.k + group * CUDA_MAP_WORDS : 0;
 }
 #define CUDA_GATE 96u
 

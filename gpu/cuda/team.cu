@@ -12,8 +12,10 @@
 #include "gpu/cuda/team_select.cuh"
 
 /* PLAIN: by softmax, no row cache, nothing kept, k given. Code for the rest in between would cost such a call more than a
- * microsecond: it runs every instruction once, and each jump over some that are not run waits for others. */
-enum team_kind { TEAM_PLAIN, TEAM_ANY, TEAM_INTEGER };
+ * microsecond: it runs every instruction once, and each jump over some that are not run waits for others. So would that of maps
+ * cost a call by `sign`. MAPS: any call by softmax whose weights are of shared maps. */
+enum team_kind { TEAM_PLAIN, TEAM_ANY, TEAM_INTEGER, TEAM_MAPS };
+#define TEAM_KINDS 4u
 
 /* A thread block of sm_120 has 99 KiB of shared memory: no call fits, and no code is made for it. */
 static_assert(sizeof(struct team_shared) + WARPS * tile_shape<__half, 64>::BYTES + sizeof(struct team_rows) > 99 * 1024, "");
@@ -30,7 +32,9 @@ __global__ void __launch_bounds__(THREADS, 1) team_kernel(const __grid_constant_
     struct team_rows *r = (struct team_rows *)(shared + call.at.rows);
     struct team t = team_of_block(call, KIND == TEAM_PLAIN);
     struct sign_query<DIM> sign;
-    if (weighs_signs(call, t))
+    if constexpr (KIND == TEAM_MAPS)
+        maps_ask<DIM>(call.maps, (struct weigh_shared<HEADS> *)front);
+    else if (weighs_signs(call, t))
         sign_load<DIM>(call, t, sign);
     ((uint4 *)m->counts)[threadIdx.x] = make_uint4(0, 0, 0, 0);
     if (threadIdx.x < 8)
@@ -43,7 +47,7 @@ __global__ void __launch_bounds__(THREADS, 1) team_kernel(const __grid_constant_
     wait_for_former();
     struct cuda_seq seq = a.seqs[where.seq];
     team_join(t);
-    if (weighs_signs(call, t))
+    if (KIND != TEAM_MAPS && weighs_signs(call, t))
         sign_query_load<T, DIM>(a, t, sign);
     queries_take<T, DIM>(a, t, m);
     struct span span = span_in(a, seq.tokens, where.back);
@@ -51,7 +55,9 @@ __global__ void __launch_bounds__(THREADS, 1) team_kernel(const __grid_constant_
                         !t.plain && a.cache.entries && a.cache.sets && where.back == 0};
     t.blocks = seq.blocks;
     if (!span.dense)
-        select_prepare<T, DIM>(call, t, m, span, l, sign);
+        select_prepare<T, DIM, KIND != TEAM_MAPS>(call, t, m, span, l, sign);
+    if constexpr (KIND == TEAM_MAPS)
+        asm volatile("cp.async.wait_all;" ::: "memory"); /* maps_ask() */
     __syncthreads();
     uint32_t k = 0, begin = 0;
     struct own_rows own = {0, 0};
@@ -59,10 +65,13 @@ __global__ void __launch_bounds__(THREADS, 1) team_kernel(const __grid_constant_
         uint32_t per = (span.visible + t.size - 1) >> t.shift;
         begin = min(t.part * per, span.visible), own.count = min(per, span.visible - begin);
     } else {
+        if constexpr (KIND == TEAM_MAPS)
+            maps_share<T, DIM>(call.maps, t.group, t.words + call.maps.words, t.epoch, m,
+                               (const struct weigh_shared<HEADS> *)front);
         if constexpr (KIND == TEAM_INTEGER)
             k = select_integers<T, DIM>(call, t, m, r, span, l, &own);
         else
-            k = select_rows<T, DIM, SETS>(call, t, m, r, span, l, &own);
+            k = select_rows<T, DIM, SETS, KIND == TEAM_MAPS>(call, t, m, r, span, l, &own);
         if (l.cached) {
             rows_claim(a, t, l, r, own.count, m->outcomes);
             __syncthreads();
@@ -113,9 +122,10 @@ template <typename T, uint32_t DIM, enum team_kind KIND> static void (*kernel_of
 
 template <typename T, uint32_t DIM> static void (*kernel_of_kind(uint32_t group, enum team_kind kind))(const struct team_call)
 {
-    return kind == TEAM_PLAIN ? kernel_of_group<T, DIM, TEAM_PLAIN>(group)
-           : kind == TEAM_ANY ? kernel_of_group<T, DIM, TEAM_ANY>(group)
-                              : kernel_of_group<T, DIM, TEAM_INTEGER>(group);
+    return kind == TEAM_PLAIN  ? kernel_of_group<T, DIM, TEAM_PLAIN>(group)
+           : kind == TEAM_ANY  ? kernel_of_group<T, DIM, TEAM_ANY>(group)
+           : kind == TEAM_MAPS ? kernel_of_group<T, DIM, TEAM_MAPS>(group)
+                               : kernel_of_group<T, DIM, TEAM_INTEGER>(group);
 }
 
 template <typename T> static void (*kernel_of_dim(uint32_t dim, uint32_t group, enum team_kind kind))(const struct team_call)
@@ -140,10 +150,10 @@ extern "C" int cuda_team_preload(void)
     if (major < 9 || cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
         return 0;
     most = PKV_MIN(most, (int)SHARED_MAX);
-    for (uint32_t i = 0; i < 36; i++)
-        if (cudaFuncSetAttribute(
-                kernel_of(i & 1 ? PKV_F16 : PKV_BF16, 64 << i / 12, i & 2 ? 8 : 4, (enum team_kind)(i / 4 % 3)),
-                cudaFuncAttributeMaxDynamicSharedMemorySize, most) != cudaSuccess)
+    for (uint32_t i = 0; i < 12 * TEAM_KINDS; i++)
+        if (cudaFuncSetAttribute(kernel_of(i & 1 ? PKV_F16 : PKV_BF16, 64 << i / (4 * TEAM_KINDS), i & 2 ? 8 : 4,
+                                           (enum team_kind)(i / 4 % TEAM_KINDS)),
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, most) != cudaSuccess)
             return -(int)PKV_ERR_UNSUPPORTED;
     return 0;
 }
@@ -154,6 +164,26 @@ static float sign_unit(const struct cuda_attend *a)
     const struct pkv_geom *g = &a->geom;
     float partial = g->sig_bits < g->head_dim ? (float)g->head_dim / (float)g->sig_bits : 1.0f;
     return a->scheme.bases ? 2.0f * a->policy.scale * LOG2E * sqrtf(partial) / (float)a->scheme.bases : 0.0f;
+}
+
+/* Maps whose outputs are words. Units as in weigh.cuh. */
+static struct team_maps maps_of(const struct cuda_attend *a)
+{
+    const struct cuda_scheme *s = &a->scheme;
+    const struct pkv_geom *g = &a->geom;
+    bool code = s->kind == PKV_SCHEME_CODE, own = !code && s->q_own;
+    uint32_t outputs = code ? s->dims : g->sig_bits, group = pkv_geom_group(g);
+    if (a->weighed || !(code || s->kind == PKV_SCHEME_LINEAR) || outputs > 2 * MAP_WORDS)
+        return {};
+    const struct cuda_map *map = code || own ? &s->q[0] : &s->k[0];
+    uint64_t heads = (uint64_t)a->layer * g->kv_heads, first = heads * (own ? group : 1) * outputs;
+    struct team_maps m = {};
+    m.weight = map->weight + first * g->head_dim, m.bias = map->bias ? map->bias + first : NULL;
+    m.step = code ? s->step + heads * outputs : NULL, m.bits = code ? s->bits + heads * outputs : NULL;
+    m.outputs = outputs, m.each = own ? group : 1, m.signs = s->q_signs;
+    m.unit = code ? s->unit * a->policy.scale * LOG2E : m.signs ? s->unit : s->unit * (2.0f * a->policy.scale * LOG2E);
+    m.words = cuda_words(a) - (uint64_t)group * MAP_WORDS;
+    return m;
 }
 
 /* Rows beside the ends that a block attends at most: what its warps take in a turn, if that leaves room for unevenness. */
@@ -167,7 +197,7 @@ static uint32_t rows_most(const struct cuda_attend *a)
 static enum team_kind kind_of(const struct cuda_attend *a)
 {
     bool plain = !(a->flags & CUDA_KEEP) && !a->cache.entries && a->policy.top_p <= 0;
-    return a->policy.rule != PKV_RULE_SOFTMAX ? TEAM_INTEGER : plain ? TEAM_PLAIN : TEAM_ANY;
+    return a->policy.rule != PKV_RULE_SOFTMAX ? TEAM_INTEGER : maps_of(a).outputs ? TEAM_MAPS : plain ? TEAM_PLAIN : TEAM_ANY;
 }
 
 extern "C" int cuda_team_launch(const struct cuda_attend *a, void *stream)
@@ -190,7 +220,8 @@ extern "C" int cuda_team_launch(const struct cuda_attend *a, void *stream)
                              .each = (uint32_t)cuda_words(a),
                              .unit = sign_unit(a),
                              .bases = !a->weighed && a->scheme.kind == PKV_SCHEME_SIGN ? a->scheme.bases : 0,
-                             .a = *a};
+                             .a = *a,
+                             .maps = maps_of(a)};
     return launch(kernel_of(g->dtype, g->head_dim, group, kind_of(a)), dim3(a->team, g->kv_heads, a->queries), THREADS,
                   call.at.bytes, call, stream, true, true);
 }

@@ -35,6 +35,7 @@ struct team {
 #define COARSE_WORDS 32u          /* of every 32nd code */
 #define FINE_WORDS   16u          /* of the 32 codes of a bucket; again of the low bits of codes that are not counted whole */
 #define BIAS_WORDS   32u          /* shares of the biases: of four warps, eight heads */
+#define MAP_WORDS    CUDA_MAP_WORDS /* of a q head: its map's outputs (team_maps.cuh); behind all others */
 static_assert(BIAS_WORDS + WINDOW_WORDS + COARSE_WORDS + 2 * FINE_WORDS == CUDA_COUNT_WORDS, "cuda_words() counts them");
 static __device__ __forceinline__ struct word *bias_words(const struct team &t)
 {

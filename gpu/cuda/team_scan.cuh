@@ -51,6 +51,16 @@ struct layout {
     uint32_t places, front, rings, ring, rows, ends, bytes;
 };
 
+/* Maps whose outputs the blocks share out (team_maps.cuh), of the layer; outputs 0: none, or weigh.cuh applies them. */
+struct team_maps {
+    const float *weight, *bias, *step;
+    const uint8_t *bits;
+    uint32_t outputs, each; /* of a map; maps of a kv head */
+    uint32_t signs;
+    float unit;
+    uint64_t words; /* where a list's begin */
+};
+
 /* What the kernel is given; what can be worked out before is. What it reads first lies together. */
 struct team_call {
     struct word *list_words;        /* of the first list, `each` a list */
@@ -64,6 +74,7 @@ struct team_call {
     float unit;                                     /* of the weights of `sign` */
     uint32_t bases;                                 /* of `sign`; 0: the weights are others, or given */
     struct cuda_attend a;
+    struct team_maps maps;
 };
 
 /* While a block chooses, in the rings' memory: behind it each warp's groups of eight tokens that have a chosen one [blocks x

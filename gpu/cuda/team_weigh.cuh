@@ -1,9 +1,9 @@
 /* A team's weights: each block makes them for itself. Those of `sign` in registers, a warp a head, from what it has read while
- * the launch before ends; the other schemes as in weigh.cuh, out of the way. */
+ * the launch before ends; those of maps from words (team_maps.cuh), the rest as in weigh.cuh, out of the way. */
 #ifndef GPU_CUDA_TEAM_WEIGH_CUH
 #define GPU_CUDA_TEAM_WEIGH_CUH
 
-#include "gpu/cuda/team_scan.cuh"
+#include "gpu/cuda/team_maps.cuh"
 
 #if __CUDA_ARCH__ >= 900
 
@@ -100,12 +100,15 @@ static __device__ __noinline__ void other_weigh(const struct cuda_attend &a, uin
     __syncthreads();
 }
 
-/* Of the other schemes, or given by the caller; all threads call it, when they have asked for what others wait for. */
-template <typename T, uint32_t DIM>
+/* Of the other schemes, or given by the caller; all threads call it, when they have asked for what others wait for. MAPS: the
+ * only ones of the kernel are those of shared maps. */
+template <typename T, uint32_t DIM, bool MAPS>
 static __device__ __forceinline__ void others_weigh(const struct team_call &call, const struct team &t,
                                                     struct weigh_shared<HEADS> *w)
 {
-    if (!call.bases)
+    if constexpr (MAPS)
+        maps_take(call.maps, t.group, t.words + call.maps.words, t.epoch, w);
+    else if (!call.bases)
         other_weigh<T, DIM>(call.a, t.head, t.group, t.q_head, w);
 }
 

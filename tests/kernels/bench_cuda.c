@@ -319,16 +319,22 @@ static void bench_dense(struct bench *b)
     report(b, "dense", timed(b, run_all), (double)b->batch * b->tokens * 8 * 512);
 }
 
-/* Keys signed by a matrix: as many dimensions as bits, of one bit each. */
-static void bench_append_code(struct bench *b, double moved)
+/* Signed by a matrix: as many dimensions as bits, of one bit each. The calls find the signatures of `sign`. */
+static void bench_code(struct bench *b, double moved, double read)
 {
     struct world w = {.g = b->geom};
     struct cuda_scheme sign = b->scheme;
     struct gpu_scheme *scheme = scheme_of_kind(&w, PKV_SCHEME_CODE);
     void *memory;
     MUST(cuda_scheme_upload(scheme, &b->scheme, &memory) == 0);
-    report(b, "append, code", timed(b, run_append), moved);
+    for (uint32_t l = 0; l < b->layers; l++)
+        b->layer[l].a.scheme = b->scheme;
+    report(b, "call, code", timed(b, run_all), read);
+    if (b->batch == 1)
+        report(b, "append, code", timed(b, run_append), moved);
     b->scheme = sign;
+    for (uint32_t l = 0; l < b->layers; l++)
+        b->layer[l].a.scheme = sign;
     cuda_scheme_free(memory);
     gpu_scheme_close(scheme);
 }
@@ -375,10 +381,9 @@ static void bench_shape(uint32_t tokens, uint32_t batch, uint32_t bits)
     double moved = (double)PKV_MIN(tokens, CHUNK) * 8 * (1024 + bits / 8);
     report(&b, batch > 1 ? "append 1 token each" : "append", timed(&b, run_append),
            batch > 1 ? (double)batch * 8 * 1024 : moved);
-    if (batch == 1) {
+    if (batch == 1)
         report(&b, "append 4096", timed(&b, run_append_4096), 4096.0 * 8 * (1024 + bits / 8));
-        bench_append_code(&b, moved);
-    }
+    bench_code(&b, moved, signatures + chosen);
     bench_hamming(&b, signatures, chosen);
     if (tokens <= 32768)
         bench_dense(&b);
