@@ -1,5 +1,5 @@
-/* The scan of a part of a list by a thread block: its signatures on their way into shared memory, a warp every sixteenth block,
- * and their codes. In a team's kernel and as a stage. For 512 threads. */
+/* The scan of a part of a list by a team's thread block: its signatures on their way into shared memory, a warp every sixteenth
+ * block, and their codes. The stages have the pieces without the ring (stage.cuh). For 512 threads. */
 #ifndef GPU_CUDA_SCAN_CUH
 #define GPU_CUDA_SCAN_CUH
 
@@ -10,12 +10,10 @@
 #define BLOCK_STRIDE (SCAN_WARPS * PKV_BLOCK_TOKENS) /* tokens between a warp's blocks */
 
 /* A warp's blocks pass through a ring, a turn at a time; a turn is two blocks, so that one's arithmetic fills the other's
- * waits, or a block of signatures beyond 128 bits. Asynchronous copies of sixteen bytes a lane bring them: bulk copies need a
- * loop over the blocks and barriers in memory, which cost a quarter of the scan's instructions. */
-template <uint32_t COPIES> static __device__ __forceinline__ constexpr uint32_t turn_blocks(void)
-{
-    return COPIES == 1 ? 1 : 2;
-}
+ * waits. A team's signatures have at most 128 bits: two copies of them at least (COPIES). Asynchronous copies of sixteen bytes
+ * a lane bring them: bulk copies need a loop over the blocks and barriers in memory, which cost a quarter of the scan's
+ * instructions. */
+#define TURN_BLOCKS 2u
 
 static __device__ __forceinline__ uint32_t shared_address(const void *p)
 {
@@ -55,7 +53,8 @@ template <uint32_t COPIES, typename F>
 static __device__ __forceinline__ void stream_fill(struct stream &s, uint32_t i, uint32_t slot, uint32_t lane,
                                                    const F &addresses)
 {
-    constexpr uint32_t BLOCKS = turn_blocks<COPIES>(), LANES = WARP / BLOCKS, LEAST = COPIES == 4 ? 1 : COPIES == 2 ? 3 : 2;
+    static_assert(COPIES > 1, "a block a half warp");
+    constexpr uint32_t BLOCKS = TURN_BLOCKS, LANES = WARP / BLOCKS, LEAST = COPIES == 4 ? 1 : 3;
     uint32_t own = lane / LANES, at = lane % LANES * 16;
     uint64_t from = __shfl_sync(ALL_LANES, s.now, i % WARP + own) + at;
     if (i + own < s.count)
@@ -73,7 +72,7 @@ static __device__ __forceinline__ void stream_fill(struct stream &s, uint32_t i,
 /* As much as the ring holds; s.now and s.next are known. */
 template <uint32_t COPIES, typename F> static __device__ __forceinline__ void stream_begin(struct stream &s, const F &addresses)
 {
-    constexpr uint32_t BLOCKS = turn_blocks<COPIES>();
+    constexpr uint32_t BLOCKS = TURN_BLOCKS;
 #pragma unroll 1
     for (uint32_t turn = 0; turn < s.depth; turn++)
         stream_fill<COPIES>(s, turn * BLOCKS, s.memory + turn * BLOCKS * s.size, threadIdx.x % WARP, addresses);
@@ -93,7 +92,7 @@ static __device__ __forceinline__ void stream_wait(const struct stream &s)
 
 /* 32 tokens of a block in shared memory; first, second: of this lane's first two words, of its other two. A fragment that holds
  * a signature twice is loaded twice (volatile, so that it is): registers in a row are cheaper so than by moves. */
-template <uint32_t COPIES> static __device__ __forceinline__ struct fragments fragments_load(uint32_t first, uint32_t second)
+static __device__ __forceinline__ struct fragments fragments_load(uint32_t first, uint32_t second)
 {
     struct fragments f;
 #pragma unroll
@@ -102,7 +101,7 @@ template <uint32_t COPIES> static __device__ __forceinline__ struct fragments fr
         for (uint32_t i = 0; i < 2; i++)
             asm volatile("ld.volatile.shared.v2.u32 {%0,%1},[%2];"
                          : "=r"(f.a[half][2 * i]), "=r"(f.a[half][2 * i + 1])
-                         : "r"((half ? second : first) + (COPIES == 1 ? i * 64 : 0)));
+                         : "r"(half ? second : first));
     return f;
 }
 
@@ -176,7 +175,7 @@ template <uint32_t COPIES, bool PAIRED, uint32_t TURNS = 0, typename F, typename
 static __device__ __forceinline__ void scan_blocks(struct stream &s, const struct span &span, uint16_t *codes, uint32_t *counts,
                                                    uint32_t low_bits, const F &addresses, const L &load, const C &code)
 {
-    constexpr uint32_t BLOCKS = turn_blocks<COPIES>(), NEXT = PAIRED ? 1 : WARP;
+    constexpr uint32_t BLOCKS = TURN_BLOCKS, NEXT = PAIRED ? 1 : WARP;
     uint32_t lane = threadIdx.x % WARP, first = s.begin + threadIdx.x / WARP;
     asm volatile("" : "+r"(lane)); /* stays in its register */
     uint32_t token = own_token<COPIES, PAIRED>(lane), bytes = BLOCKS * s.size;
@@ -223,7 +222,7 @@ template <uint32_t COPIES> static __device__ __forceinline__ struct halves halve
     uint32_t word = min(COPIES == 4 ? lane % 2 : lane % 4, words - 1); /* where there is none, its planes are zero */
     uint32_t own = (lane / 4 * words + word) * 16, turned = (lane ^ lane_turned<COPIES>(lane)) * 4, apart = 8 * words * 16;
     uint32_t first = at + own + turned, second = at + own + 8 - turned;
-    return {{fragments_load<COPIES>(first, second), fragments_load<COPIES>(first + apart, second + apart)}};
+    return {{fragments_load(first, second), fragments_load(first + apart, second + apart)}};
 }
 
 /* The same with one load of both halves and moves, for whoever waits for shared memory; no lane is turned. */
@@ -247,7 +246,7 @@ static __device__ __forceinline__ void scan_softmax(struct stream &s, const stru
                                                     const struct span &span, uint32_t words, uint16_t *codes, uint32_t *counts,
                                                     const F &addresses)
 {
-    constexpr uint32_t BLOCKS = turn_blocks<COPIES>();
+    constexpr uint32_t BLOCKS = TURN_BLOCKS;
     uint32_t lane = lane_turned<COPIES>(threadIdx.x % WARP);
     scan_blocks<COPIES, false, TURNS>(
         s, span, codes, counts, 0, addresses, [&](uint32_t at) { return halves_load<COPIES>(at, words); },

@@ -1,11 +1,13 @@
 /* A whole call in one launch: a team of thread blocks takes a list from the query to the result.
  *
- *   weigh    every block for itself, the signatures of its part already on their way into shared memory
+ *   weigh    every block for itself, the signatures of its part already on their way into shared memory; of shared maps each
+ *            makes some outputs, which go to all by words
  *   bias     exact scores of the ends, the sinks and recent tokens, a share each block; estimates every block for itself
  *   scan     codes and their counts stay in shared memory
  *   choose   counts around the threshold of the step before go to all blocks, by words; a second round where it has moved far
  *   attend   each block takes what it has chosen; more than its share goes to others, by words. With a row cache, a gate
- * between looking up and claiming merge    results by words; each block adds up its share of the outputs
+ *            between looking up and claiming
+ *   merge    results by words; each block adds up its share of the outputs
  *
  * What does not fit (team_size) runs as the stages of table.c. */
 #include "gpu/cuda/team_attend.cuh"

@@ -31,7 +31,7 @@ static __device__ __forceinline__ void scan_ring(struct stream &s, const struct 
 {
     uint32_t lane = threadIdx.x % WARP;
     auto load = [&](uint32_t at) { return pieces_load<COPIES, true>(at, rule.words, lane, load_shared); };
-    scan_integer<COPIES, turn_blocks<COPIES>()>(rows, rule, counts, [&](uint32_t *own, const auto &code) {
+    scan_integer<COPIES, TURN_BLOCKS>(rows, rule, counts, [&](uint32_t *own, const auto &code) {
         scan_blocks<COPIES, true>(s, span, codes, own, rule.low_bits, addresses, load, code);
     });
 }
