@@ -13,9 +13,9 @@
 #include "gpu/cuda/team_attend.cuh"
 #include "gpu/cuda/team_select.cuh"
 
-/* PLAIN: by softmax, no row cache, nothing kept, k given. Code for the rest in between would cost such a call more than a
- * microsecond: it runs every instruction once, and each jump over some that are not run waits for others. So would that of maps
- * cost a call by `sign`. MAPS: any call by softmax whose weights are of shared maps. */
+/* PLAIN: by softmax and `sign`, no row cache, nothing kept, k given. Code for the rest in between would cost such a call more
+ * than a microsecond: it runs every instruction once, and each jump over some that are not run waits for others. MAPS: any call
+ * by softmax whose weights are of shared maps. */
 enum team_kind { TEAM_PLAIN, TEAM_ANY, TEAM_INTEGER, TEAM_MAPS };
 #define TEAM_KINDS 4u
 
@@ -61,6 +61,7 @@ __global__ void __launch_bounds__(THREADS, 1) team_kernel(const __grid_constant_
     if constexpr (KIND == TEAM_MAPS)
         asm volatile("cp.async.wait_all;" ::: "memory"); /* maps_ask() */
     __syncthreads();
+    constexpr enum weighing WHOSE = KIND == TEAM_PLAIN ? WEIGH_SIGNS : KIND == TEAM_MAPS ? WEIGH_MAPS : WEIGH_ANY;
     uint32_t k = 0, begin = 0;
     struct own_rows own = {0, 0};
     if (span.dense) {
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(THREADS, 1) team_kernel(const __grid_constant_
         if constexpr (KIND == TEAM_INTEGER)
             k = select_integers<T, DIM>(call, t, m, r, span, l, &own);
         else
-            k = select_rows<T, DIM, SETS, KIND == TEAM_MAPS>(call, t, m, r, span, l, &own);
+            k = select_rows<T, DIM, SETS, WHOSE>(call, t, m, r, span, l, &own);
         if (l.cached) {
             rows_claim(a, t, l, r, own.count, m->outcomes);
             __syncthreads();
@@ -196,9 +197,14 @@ static uint32_t rows_most(const struct cuda_attend *a)
     return PKV_MIN(PKV_ALIGN_UP(mean + mean / 4 + ends, turn), ROWS) - ends;
 }
 
+static bool weighs_by_sign(const struct cuda_attend *a)
+{
+    return !a->weighed && a->scheme.kind == PKV_SCHEME_SIGN;
+}
+
 static enum team_kind kind_of(const struct cuda_attend *a)
 {
-    bool plain = !(a->flags & CUDA_KEEP) && !a->cache.entries && a->policy.top_p <= 0;
+    bool plain = weighs_by_sign(a) && !(a->flags & CUDA_KEEP) && !a->cache.entries && a->policy.top_p <= 0;
     return a->policy.rule != PKV_RULE_SOFTMAX ? TEAM_INTEGER : maps_of(a).outputs ? TEAM_MAPS : plain ? TEAM_PLAIN : TEAM_ANY;
 }
 
@@ -221,7 +227,7 @@ extern "C" int cuda_team_launch(const struct cuda_attend *a, void *stream)
                              .most = rows_most(a),
                              .each = (uint32_t)cuda_words(a),
                              .unit = sign_unit(a),
-                             .bases = !a->weighed && a->scheme.kind == PKV_SCHEME_SIGN ? a->scheme.bases : 0,
+                             .bases = weighs_by_sign(a) ? a->scheme.bases : 0,
                              .a = *a,
                              .maps = maps_of(a)};
     return launch(kernel_of(g->dtype, g->head_dim, group, kind_of(a)), dim3(a->team, g->kv_heads, a->queries), THREADS,

@@ -132,7 +132,7 @@ static __device__ __forceinline__ struct stream part_stream(const struct team_ca
 
 /* From the queries' weights to the part's codes and their counts; the first ends' keys are on their way. Returns how many of
  * the ends that the block attends are there meanwhile. */
-template <typename T, uint32_t DIM, uint32_t SETS, uint32_t COPIES, bool MAPS, typename F>
+template <typename T, uint32_t DIM, uint32_t SETS, uint32_t COPIES, enum weighing WHOSE, typename F>
 static __device__ __forceinline__ uint32_t codes_find(const struct team_call &call, const struct team &t, struct team_shared *m,
                                                       const struct span &span, const struct ends &e, struct end_keys<DIM> &keys,
                                                       struct stream &s, uint16_t *codes, const F &addresses)
@@ -149,7 +149,7 @@ static __device__ __forceinline__ uint32_t codes_find(const struct team_call &ca
     uint32_t asked = EARLY, there = 0;
     stream_turns<COPIES>(s, 0, EARLY);
     ends_share<T, DIM>(call, t, m, e, keys);
-    others_weigh<T, DIM, MAPS>(call, t, w);
+    others_weigh<T, DIM, WHOSE>(call, t, w);
     words_take<SETS, COPIES>(call, t, m, w, f, bits);
     struct shares_seen<SETS> seen;
     if (t.warp == 0)
@@ -185,7 +185,7 @@ static __device__ __forceinline__ uint32_t codes_find(const struct team_call &ca
 }
 
 /* From the query to the rows that this block attends. */
-template <typename T, uint32_t DIM, uint32_t SETS, bool MAPS>
+template <typename T, uint32_t DIM, uint32_t SETS, enum weighing WHOSE>
 static __device__ __forceinline__ uint32_t select_rows(const struct team_call &call, struct team &t, struct team_shared *m,
                                                        struct team_rows *r, const struct span &span, const struct list_of &l,
                                                        struct own_rows *own)
@@ -200,9 +200,9 @@ static __device__ __forceinline__ uint32_t select_rows(const struct team_call &c
     auto addresses = [&](uint32_t i) { return stream_address(call, t, s, places, l.cached, i); };
     s.next = s.count > WARP ? addresses(WARP) : 0;
     if (call.words <= 2)
-        own->there = codes_find<T, DIM, SETS, 4, MAPS>(call, t, m, span, e, keys, s, codes, addresses);
+        own->there = codes_find<T, DIM, SETS, 4, WHOSE>(call, t, m, span, e, keys, s, codes, addresses);
     else
-        own->there = codes_find<T, DIM, SETS, 2, MAPS>(call, t, m, span, e, keys, s, codes, addresses);
+        own->there = codes_find<T, DIM, SETS, 2, WHOSE>(call, t, m, span, e, keys, s, codes, addresses);
     return choose<false>(call, t, m, c, r, span, l, s, codes, 0, own);
 }
 
@@ -224,7 +224,7 @@ static __device__ __forceinline__ uint32_t select_integers(const struct team_cal
         stream_begin<4>(s, none);
     else
         stream_begin<2>(s, none);
-    others_weigh<T, DIM, false>(call, t, w);
+    others_weigh<T, DIM, WEIGH_ANY>(call, t, w);
     uint32_t low_bits = scan_integers(call, t, m, w, span, s, codes, addresses);
     return choose<true>(call, t, m, c, r, span, l, s, codes, low_bits, own);
 }

@@ -100,15 +100,17 @@ static __device__ __noinline__ void other_weigh(const struct cuda_attend &a, uin
     __syncthreads();
 }
 
-/* Of the other schemes, or given by the caller; all threads call it, when they have asked for what others wait for. MAPS: the
- * only ones of the kernel are those of shared maps. */
-template <typename T, uint32_t DIM, bool MAPS>
+/* Whose weights a kernel knows: code for others, though it is never run, would cost it more than a microsecond. */
+enum weighing { WEIGH_SIGNS, WEIGH_MAPS, WEIGH_ANY };
+
+/* Other weights than those of `sign`; all threads call it, when they have asked for what others wait for. */
+template <typename T, uint32_t DIM, enum weighing WHOSE>
 static __device__ __forceinline__ void others_weigh(const struct team_call &call, const struct team &t,
                                                     struct weigh_shared<HEADS> *w)
 {
-    if constexpr (MAPS)
+    if constexpr (WHOSE == WEIGH_MAPS)
         maps_take(call.maps, t.group, t.words + call.maps.words, t.epoch, w);
-    else if (!call.bases)
+    else if (WHOSE == WEIGH_ANY && !call.bases)
         other_weigh<T, DIM>(call.a, t.head, t.group, t.q_head, w);
 }
 
