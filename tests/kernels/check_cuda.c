@@ -5,6 +5,7 @@
  *   pick             exactly the k best of the device's own codes, ties to the lower index
  *   attend, gather   exact attention in double precision over the device's list; rows byte for byte
  *   cache            rows that a second call finds in the row cache are the arena's, and the counters say how many
+ *   plain            a call that keeps nothing but its result, without a row cache, chooses and gives the same
  *   graph            a captured call, replayed while its sequences grow over block borders, equals a fresh call
  *   rules            `sum` and `max` over weights and signatures that are hard on them
  *   streams          calls of one launch each, in two streams at once beside one in stages, end, and give what each gives alone
@@ -174,6 +175,38 @@ static void check_graph(const struct world *w, struct on_device *d)
     CUDA(cudaStreamDestroy(stream));
 }
 
+struct given {
+    float *out, *lse;
+    uint32_t *chosen;
+};
+
+static struct given call_given(const struct world *w, const struct cuda_attend *a)
+{
+    uint64_t heads = (uint64_t)a->queries * w->g.q_heads;
+    CUDA(cudaMemset(a->out, 0xff, heads * w->g.head_dim * 4));
+    launch_all(a, NULL);
+    CUDA(cudaDeviceSynchronize());
+    return (struct given){host_copy(a->out, heads * w->g.head_dim * 4), host_copy(a->lse, heads * 4),
+                          host_copy(a->work.chosen, (uint64_t)a->queries * w->g.kv_heads * 4)};
+}
+
+/* Kernels of their own may differ in which products they fuse, not in the rows: a row more or less shows. */
+static void check_plain(const struct world *w, const struct on_device *d)
+{
+    struct cuda_attend a = d->a;
+    uint64_t heads = (uint64_t)a.queries * w->g.q_heads;
+    a.policy.dense_below = 0, a.cache = (struct cuda_cache){0};
+    struct given kept = call_given(w, &a);
+    a.flags = 0;
+    struct given plain = call_given(w, &a);
+    MUST(!memcmp(kept.chosen, plain.chosen, (uint64_t)a.queries * w->g.kv_heads * 4));
+    for (uint64_t i = 0; i < heads * w->g.head_dim; i++)
+        MUST(fabsf(kept.out[i] - plain.out[i]) <= 2e-5f * (1 + fabsf(kept.out[i])));
+    for (uint64_t i = 0; i < heads; i++)
+        MUST(fabsf(kept.lse[i] - plain.lse[i]) <= 2e-5f * (1 + fabsf(kept.lse[i])));
+    free(kept.out), free(kept.lse), free(kept.chosen), free(plain.out), free(plain.lse), free(plain.chosen);
+}
+
 /* In stages, then by teams. */
 static void check_call(struct gpu *gpu, struct gpu_scheme *scheme, const struct world *w, struct on_device *d)
 {
@@ -187,6 +220,7 @@ static void check_call(struct gpu *gpu, struct gpu_scheme *scheme, const struct 
     check_gather(w, d);
     check_cache(w, d);
     check_attend(w, d, true);
+    check_plain(w, d);
     check_graph(w, d);
 }
 
