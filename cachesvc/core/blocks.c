@@ -65,11 +65,11 @@ enum pkv_err block_make(struct core *core, uint32_t seq, uint32_t layer, uint32_
     b->row_bytes = pkv_geom_block_bytes(g), b->sig_bytes = pkv_geom_sig_block_bytes(g);
     struct place_kind kind = {.tier = PKV_TIER_ARENA, .tenant = s->tenant, .device = s->device, .slot_bytes = b->row_bytes};
     b->home = place_take(core, &kind, id);
-    kind.tier = PKV_TIER_POOL;
+    kind.tier = PKV_TIER_POOL, kind.rows = true;
     b->rows = b->home ? place_take(core, &kind, id) : 0;
     bool all = b->rows;
     if (all && b->sig_bytes) {
-        kind.slot_bytes = b->sig_bytes;
+        kind.slot_bytes = b->sig_bytes, kind.rows = false;
         b->signatures = place_take(core, &kind, id);
         all = b->signatures;
     }

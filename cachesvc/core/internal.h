@@ -155,6 +155,7 @@ void places_destroy(struct core *core);
 /* What may hold a slot: chunks of one tier (of the pool: of one device) that are the tenant's, or nobody's yet. */
 struct place_kind {
     uint32_t tier, tenant, device;
+    bool rows; /* of the pool: rows, which can leave it */
     uint64_t slot_bytes;
 };
 bool place_chunk_fits(const struct core *core, const struct place_kind *kind, uint32_t chunk);

@@ -1,6 +1,8 @@
 /* Chunks and slots of both tiers: taken, retired, and free again after their epoch. */
 #include "cachesvc/core/internal.h"
 
+#define CHUNKS_MANY 8u
+
 void places_init(struct core *core)
 {
     core->chunk_count[PKV_TIER_POOL] = core->config.pool_chunks;
@@ -86,6 +88,18 @@ bool place_chunk_fits(const struct core *core, const struct place_kind *k, uint3
     return c->tenant == k->tenant && c->slot_bytes == k->slot_bytes && on_device(core, k, chunk);
 }
 
+/* Signatures never leave the pool, and sinks, recent and granted blocks lie all over the chunks of rows, so that none could be
+ * emptied when signatures need one more. So rows leave the last free chunk to them, where a device has CHUNKS_MANY. */
+static bool left_to_signatures(const struct core *core, const struct place_kind *k)
+{
+    uint32_t free = 0, count = core->chunk_count[PKV_TIER_POOL];
+    if (k->tier != PKV_TIER_POOL || !k->rows || count / core->config.pool_devices < CHUNKS_MANY)
+        return false;
+    for (uint32_t i = k->device; i < count; i += core->config.pool_devices)
+        free += core->chunks[PKV_TIER_POOL][i].tenant == NONE;
+    return free <= 1;
+}
+
 uint64_t place_take(struct core *core, const struct place_kind *k, uint32_t block)
 {
     uint32_t count = core->chunk_count[k->tier];
@@ -98,6 +112,8 @@ uint64_t place_take(struct core *core, const struct place_kind *k, uint32_t bloc
         *hint = i;
         return slot_take(core, k->tier, i, block);
     }
+    if (left_to_signatures(core, k))
+        return 0;
     for (uint32_t i = 0; i < count; i++)
         if (chunks[i].tenant == NONE && on_device(core, k, i) && chunk_assign(core, k->tier, i, k->tenant, k->slot_bytes))
             return slot_take(core, k->tier, i, block);
