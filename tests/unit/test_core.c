@@ -408,6 +408,21 @@ static void test_states(void **state)
     assert_int_equal(core_seq_signed(core, alice, handle, 1), PKV_ERR_STALE);
 }
 
+/* Of seven chunks rows take all but that of signatures; of eight they leave one. */
+static void test_rows_leave_a_chunk_to_signatures(void **state)
+{
+    (void)state;
+    for (uint32_t chunks = 7; chunks <= 8; chunks++) {
+        struct pkv_table *t;
+        start(chunks, 40);
+        uint64_t h = create(40, 0, &t);
+        assert_int_equal(grant(h, 0, 24), PKV_ERR_OK);
+        assert_int_equal(grant(h, 0, 25), PKV_ERR_POOL_FULL);
+        assert_null(core_check(core));
+        stop(NULL);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -425,6 +440,7 @@ int main(void)
         cmocka_unit_test_teardown(test_death_of_a_worker, stop),
         cmocka_unit_test_teardown(test_failed_copy_is_tried_once_more, stop),
         cmocka_unit_test_teardown(test_devices, stop),
+        cmocka_unit_test(test_rows_leave_a_chunk_to_signatures),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
